@@ -1,0 +1,205 @@
+"""Says beforehand what the plugin will do here, with the very decision that ``register()`` takes."""
+
+import importlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import vllm_gdn_plugin
+from vllm_gdn_plugin import host
+from vllm_gdn_plugin.contract import Contract, check_contract
+from vllm_gdn_plugin.decision import Decision, Status, decide
+from vllm_gdn_plugin.plan import SERIAL, platform_plan
+from vllm_gdn_plugin.settings import Settings, read_settings
+from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+GROUP = "vllm.general_plugins"
+NAME = "vllm_gdn_plugin"
+
+EXIT_ACTIVE, EXIT_ASIDE, EXIT_UNKNOWN = 0, 1, 2
+
+
+class CannotTell(Exception):
+    """The question cannot be answered: vLLM is missing or broken, or a path is not what it should be."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``check`` found. ``--json`` prints exactly these fields."""
+
+    status: Status
+    reason: str
+    strategy: str
+    what_to_do: str = ""
+    plugin_version: str = vllm_gdn_plugin.__version__
+    supported_range: str = SUPPORTED_RANGE
+    vllm_version: str | None = None
+    torch_version: str | None = None
+    platform: str | None = None
+    device: str | None = None
+    contract: str | None = None
+    entry_point: str | None = None
+    vllm_plugins: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return {"active": EXIT_ACTIVE, "unknown": EXIT_UNKNOWN}.get(self.status, EXIT_ASIDE)
+
+    def required(self, strategy: str) -> "Report":
+        """This report, turned into a refusal unless ``strategy`` is what will be used."""
+        if self.strategy == strategy and self.status in ("active", "serial"):
+            return replace(self, status="active")
+        if self.status == "unknown":
+            return self
+        return replace(
+            self,
+            status=self.status if self.status != "active" else "refused",
+            reason=f"{strategy} is required but the strategy will be {self.strategy}: {self.reason}",
+        )
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def as_text(self) -> str:
+        rows = [(name.replace("_", " "), value) for name, value in asdict(self).items() if value and name != "warnings"]
+        rows += [("warning", warning) for warning in self.warnings]
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+ADVICE: dict[Status, str] = {
+    "active": "nothing: start vllm serve as usual",
+    "serial": "nothing: there is no gain to be had here, and no harm in leaving the plugin installed",
+    "refused": "nothing has to be done: vLLM runs as without the plugin; the reason says what would change that",
+    "disabled": "add vllm_gdn_plugin to VLLM_PLUGINS, or unset it",
+    "unknown": "install vLLM, or repair it, in the environment of this command",
+}
+
+
+def check_here(environ: Mapping[str, str] | None = None) -> Report:
+    """What will happen in this environment when vLLM starts. Imports vLLM, and asks it for its platform."""
+    environ = os.environ if environ is None else environ
+    settings, warnings = read_settings(environ)
+    try:
+        found, package = host.version(), host.package_directory()
+    except Exception as error:
+        reason = f"vLLM cannot be imported: {type(error).__name__}: {error}"
+        return Report("unknown", reason, SERIAL, ADVICE["unknown"], warnings=warnings)
+    contract = check_contract(package)
+    platform, device = _platform(settings, found, contract)
+    decision = decide(settings, found, lambda: contract, lambda: platform or "unknown")
+    if decision.status != "refused" and platform is None:
+        decision = Decision("unknown", SERIAL, f"vLLM cannot tell its platform: {device}")
+    decision, plugins, entry_point = _seen_by_vllm(decision, environ, warnings)
+    return Report(
+        decision.status,
+        decision.reason,
+        decision.strategy,
+        ADVICE[decision.status],
+        vllm_version=found,
+        torch_version=_torch_version(),
+        platform=platform,
+        device=device if platform else None,
+        contract=contract.reason,
+        entry_point=entry_point,
+        vllm_plugins=plugins,
+        warnings=warnings,
+    )
+
+
+def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report:
+    """The verdict on a version, on the sources of a release, or on both; neither needs vLLM installed.
+
+    Raises:
+        CannotTell: ``vllm_source`` is neither a source tree of vLLM nor its wheel.
+    """
+    settings, warnings = read_settings()
+    parts = []
+    contract = None
+    if vllm_version is not None:
+        verdict = judge_version(vllm_version, settings.allow_untested)
+        parts.append((verdict.admitted, verdict.reason))
+    if vllm_source is not None:
+        contract = check_contract(open_source(vllm_source))
+        parts.append((contract.holds, contract.reason))
+    holds = all(ok for ok, _ in parts)
+    reason = "; ".join(reason for ok, reason in parts if ok == holds)
+    return Report(
+        "active" if holds else "refused",
+        reason,
+        platform_plan("cuda", settings.strategy).strategy if holds else SERIAL,
+        "run check where vLLM is installed for the whole answer" if holds else ADVICE["refused"],
+        vllm_version=vllm_version,
+        contract=contract.reason if contract else None,
+        warnings=warnings,
+    )
+
+
+def open_source(path: str) -> "Traversable":
+    """The package directory ``vllm`` in a source tree, in a site directory, or in a wheel."""
+    root: Any = Path(path)
+    if root.is_file():
+        if not zipfile.is_zipfile(root):
+            raise CannotTell(f"{path} is a file but not a wheel")
+        root = zipfile.Path(root)
+    elif not root.is_dir():
+        raise CannotTell(f"there is no {path}")
+    for candidate in (root / "vllm", root):
+        if (candidate / "envs.py").is_file():
+            return candidate  # type: ignore[no-any-return]
+    raise CannotTell(f"{path} holds no vLLM: there is no vllm/envs.py in it")
+
+
+def _platform(settings: Settings, found: str, contract: Contract) -> tuple[str | None, str]:
+    """(platform, device name), or (None, what went wrong). Not asked where the answer cannot matter."""
+    if not contract.holds or not judge_version(found, settings.allow_untested).admitted:
+        return None, "not asked"
+    try:
+        name = host.platform()
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+    try:
+        from vllm.platforms import current_platform
+
+        return name, str(current_platform.get_device_name())
+    except Exception as error:
+        return name, f"not known: {error}"
+
+
+def _torch_version() -> str | None:
+    try:
+        return str(importlib.import_module("torch").__version__)
+    except Exception:
+        return None
+
+
+def _seen_by_vllm(
+    decision: Decision, environ: Mapping[str, str], warnings: list[str]
+) -> tuple[Decision, str, str | None]:
+    """Whether vLLM will load the plugin at all: its entry point, and what VLLM_PLUGINS says of it."""
+    points = entry_points(group=GROUP).select(name=NAME)
+    entry_point = ", ".join(sorted(f"{p.name} = {p.value}" for p in points)) or None
+    chosen = environ.get("VLLM_PLUGINS")
+    shown = "not set: every plugin is loaded" if chosen is None else repr(chosen)
+    if chosen is not None:
+        known = {p.name for g in entry_points().groups if g.startswith("vllm.") for p in entry_points(group=g)}
+        for name in chosen.split(","):
+            if name and name not in known:
+                warnings.append(f"VLLM_PLUGINS names {name!r}, and no such plugin is installed: vLLM does not say so")
+    if decision.status == "unknown":
+        return decision, shown, entry_point
+    if entry_point is None:
+        reason = f"vLLM does not see the plugin: no entry point {NAME} in {GROUP}; install the wheel in its environment"
+        return Decision("disabled", SERIAL, reason), shown, entry_point
+    if chosen is not None and NAME not in chosen.split(","):
+        return Decision("disabled", SERIAL, f"VLLM_PLUGINS={chosen!r} leaves {NAME} out"), shown, entry_point
+    return decision, shown, entry_point

@@ -1,0 +1,77 @@
+"""The command ``vllm-gdn-plugin``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import vllm_gdn_plugin
+from vllm_gdn_plugin import check
+from vllm_gdn_plugin.plan import STRATEGIES
+from vllm_gdn_plugin.settings import describe
+
+EPILOG = """\
+exit status of check:
+  0  the plugin will install (with --require: and use that strategy)
+  1  it will step aside; the reason is printed
+  2  it cannot tell: vLLM is missing or broken, or the arguments are wrong
+
+environment:
+{settings}
+  VLLM_PLUGINS: vLLM's own switch. Not set, every installed plugin is loaded; set, only those it names:
+    VLLM_PLUGINS=vllm_gdn_plugin loads this one alone, VLLM_PLUGINS="" loads none.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    return _check(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    settings = "\n".join(f"  {name} (default {default})\n    {text}" for name, default, text in describe())
+    parser = argparse.ArgumentParser(
+        prog="vllm-gdn-plugin",
+        description="Runs the two input projections of a Gated Delta Net layer together in vLLM.",
+        epilog="vllm-gdn-plugin check --help explains the report, the exit status and the settings.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {vllm_gdn_plugin.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "check",
+        help="say what the plugin will do here, before vLLM is started",
+        description="Takes the very decision that the plugin takes in the engine, and prints it with its reason.",
+        epilog=EPILOG.format(settings=settings),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.add_argument(
+        "--require",
+        choices=STRATEGIES,
+        help="exit 1 unless this strategy will be used: for the preflight of a deployment",
+    )
+    command.add_argument("--vllm-version", metavar="X", help="judge this version instead; vLLM need not be installed")
+    command.add_argument(
+        "--vllm-source",
+        metavar="PATH",
+        help="check the sources of this vLLM (source tree, site directory or wheel) instead; nothing is imported",
+    )
+    return parser
+
+
+def _check(options: argparse.Namespace) -> int:
+    # vLLM logs to stdout by default; the report alone belongs there.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    try:
+        if options.vllm_version is None and options.vllm_source is None:
+            report = check.check_here()
+        else:
+            report = check.check_elsewhere(options.vllm_version, options.vllm_source)
+    except check.CannotTell as error:
+        print(f"vllm-gdn-plugin check: {error}", file=sys.stderr)
+        return check.EXIT_UNKNOWN
+    if options.require is not None:
+        report = report.required(options.require)
+    print(report.as_json() if options.json else report.as_text())
+    return report.exit_code

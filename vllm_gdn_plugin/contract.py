@@ -1,0 +1,292 @@
+"""What the plugin relies on in vLLM's Gated Delta Net layer, checked on vLLM's source text.
+
+Nothing is imported and no GPU is needed: the same check runs before anything is replaced in a live engine, in
+``vllm-gdn-plugin check``, and on the source tree or wheel of a release that is not installed.
+"""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+GDN_CLASSES = {
+    "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn": "QwenGatedDeltaNetAttention",  # 0.22 to 0.33
+    "vllm.model_executor.layers.mamba.gdn_linear_attn": "GatedDeltaNetAttention",  # 0.20 and 0.21
+}
+"""Where the layer is found: module and class, newest first."""
+
+HELPERS = {
+    "vllm.envs": ("environment_variables", "compile_factors"),
+    "vllm.forward_context": ("get_forward_context", "ForwardContext.no_compile_layers"),
+    "vllm.logger": ("init_logger",),
+    "vllm.model_executor.custom_op": ("PluggableLayer.register_oot", "op_registry_oot"),
+    "vllm.model_executor.layers.linear": ("UnquantizedLinearMethod.apply", "MergedColumnParallelLinear"),
+    "vllm.model_executor.layers.quantization.base_config": ("QuantizeMethodBase.process_weights_after_loading",),
+    "vllm.utils.multi_stream_utils": ("maybe_execute_in_parallel",),
+    "vllm.utils.torch_utils": (
+        "LayerNameType",
+        "_encode_layer_name",
+        "_resolve_layer_name",
+        "aux_stream",
+        "direct_register_custom_op",
+    ),
+}
+"""What the plugin calls in vLLM, besides the layer: module, and names or ``Class.member`` in it."""
+
+PROJECTIONS = ("in_proj_qkvz", "in_proj_ba")
+FORWARDS = ("forward_cuda", "forward_cpu")
+"""The forward methods that the plugin replaces; the second exists from 0.21 on."""
+
+SIGNATURES = (["self", "hidden_states"], ["self", "hidden_states", "output"])
+SHAPE_ONLY = ("size", "shape", "dtype", "device")
+"""What the stock body may use of ``hidden_states`` besides giving it to the projections."""
+
+UPSTREAM_OVERLAP = (
+    "gdn_in_proj",
+    "maybe_execute_in_parallel",
+    "execute_in_parallel",
+    "aux_stream",
+    "in_proj_qkvzba",
+)
+"""Names that appear in the layer when vLLM itself overlaps or fuses the projections."""
+
+LORA_PROJECTION = "in_proj_qkv"
+"""0.20 has a branch ``if hasattr(self, "in_proj_qkv")`` for LoRA; the plugin never takes it."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The outcome of a check: where the class is, and every point that does not hold."""
+
+    module: str | None
+    class_name: str | None
+    breaches: tuple[str, ...] = ()
+    superseded: bool = False
+    """vLLM overlaps or fuses the projections itself: the plugin is not needed any more."""
+
+    @property
+    def holds(self) -> bool:
+        return not self.breaches and not self.superseded
+
+    @property
+    def reason(self) -> str:
+        if self.superseded:
+            return (
+                "this vLLM already runs the two GDN input projections together by itself: the plugin is not needed"
+                " any more and stands down; you can uninstall vllm-gdn-plugin"
+            )
+        if self.breaches:
+            return "this vLLM is not as the plugin expects it: " + "; ".join(self.breaches)
+        return f"{self.module}.{self.class_name} is as the plugin expects it"
+
+
+def check_contract(package: "Traversable") -> Contract:
+    """Check the sources of the package ``vllm``: a directory, or a directory inside a wheel.
+
+    Never raises on content: a file that is missing or cannot be parsed is a breach.
+    """
+    module = next((m for m in GDN_CLASSES if _file(package, m).is_file()), None)
+    if module is None:
+        return Contract(None, None, (f"no GDN layer found: there is neither {' nor '.join(GDN_CLASSES)}",))
+    class_name = GDN_CLASSES[module]
+    try:
+        tree = _parse(package, module)
+    except (OSError, ValueError, SyntaxError) as error:
+        return Contract(module, class_name, (f"the source of {module} cannot be read: {error}",))
+    layer = _class(tree, class_name)
+    if layer is None:
+        return Contract(module, class_name, (f"there is no class {class_name} in {module}",))
+    breaches = _layer_breaches(layer)
+    superseded = _overlaps_by_itself(layer, breaches)
+    return Contract(module, class_name, (*breaches, *_missing_helpers(package)), superseded)
+
+
+def _file(package: "Traversable", module: str) -> "Traversable":
+    path = package
+    *folders, name = module.split(".")[1:]
+    for folder in folders:
+        path = path / folder
+    return path / f"{name}.py"
+
+
+def _parse(package: "Traversable", module: str) -> ast.Module:
+    return ast.parse(_file(package, module).read_text(encoding="utf-8"))
+
+
+def _missing_helpers(package: "Traversable") -> Iterator[str]:
+    for module, names in HELPERS.items():
+        try:
+            defined = _definitions(_parse(package, module))
+        except (OSError, ValueError, SyntaxError):
+            yield f"there is no readable module {module}"
+            continue
+        yield from (f"there is no {module}.{name}" for name in names if name not in defined)
+
+
+def _definitions(tree: ast.Module | ast.ClassDef, prefix: str = "") -> set[str]:
+    """Names bound at the top level of a module, also below ``if`` and ``try``, and ``Class.member``."""
+    names: set[str] = set()
+    pending: list[ast.AST] = list(tree.body)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            names.add(prefix + node.name)
+        elif isinstance(node, ast.ClassDef):
+            names.add(prefix + node.name)
+            if not prefix:
+                names |= _definitions(node, f"{node.name}.")
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
+        elif isinstance(node, (ast.If, ast.Try)):
+            pending += ast.iter_child_nodes(node)
+    return names
+
+
+def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
+    return next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
+
+
+def _layer_breaches(layer: ast.ClassDef) -> list[str]:
+    methods = {n.name: n for n in layer.body if isinstance(n, ast.FunctionDef)}
+    breaches = []
+    if not any(ast.unparse(d).startswith("PluggableLayer.register(") for d in layer.decorator_list):
+        breaches.append(f"{layer.name} is not registered as a PluggableLayer")
+    if "forward_cuda" not in methods:
+        breaches.append(f"{layer.name} has no method forward_cuda")
+    elif not any(_uses(m, "forward_cuda") for n, m in methods.items() if n in ("__init__", "forward")):
+        breaches.append("neither __init__ nor forward chooses forward_cuda")
+    for name in FORWARDS:
+        if name in methods:
+            breaches += (f"{name}: {b}" for b in _forward_breaches(methods[name], methods))
+    return breaches
+
+
+def _forward_breaches(forward: ast.FunctionDef, methods: dict[str, ast.FunctionDef]) -> Iterator[str]:
+    arguments = [a.arg for a in forward.args.args]
+    if arguments not in SIGNATURES or forward.args.vararg or forward.args.kwonlyargs or forward.args.kwarg:
+        yield f"its arguments are ({ast.unparse(forward.args)})"
+        return
+    body = _main_path(forward.body)
+    parents = {child: node for top in body for node in ast.walk(top) for child in ast.iter_child_nodes(node)}
+    nodes = [node for top in body for node in ast.walk(top)]
+
+    for name in PROJECTIONS:
+        counts = {count for count, _ in _calls_by_path(body, name)}
+        if counts != {1}:
+            found = " or ".join(map(str, sorted(counts)))
+            yield f"self.{name}(hidden_states) is called {found} times on the main path, where once is expected"
+    for node in nodes:
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in PROJECTIONS
+            and not _is_call_of(parents.get(node), node.attr)
+        ):
+            yield f"line {node.lineno} uses {node.attr} for something other than {node.attr}(hidden_states)"
+        if isinstance(node, ast.Name) and node.id == "hidden_states" and not _is_allowed_use(node, parents):
+            yield f"line {node.lineno} uses hidden_states for more than its size, dtype and device"
+    for helper in sorted(_called_methods(body, methods)):
+        if any(_uses(methods[helper], name) for name in PROJECTIONS):
+            yield f"it calls {helper}, which uses the projections itself"
+
+
+def _main_path(body: list[ast.stmt]) -> list[ast.stmt]:
+    """The body without 0.20's LoRA branch, and without a docstring."""
+    kept: list[ast.stmt] = []
+    for statement in body:
+        if isinstance(statement, ast.If) and ast.unparse(statement.test) == f"hasattr(self, '{LORA_PROJECTION}')":
+            kept += statement.orelse
+        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+            kept.append(statement)
+    return kept
+
+
+def _calls_by_path(body: list[ast.stmt], name: str) -> set[tuple[int, bool]]:
+    """(calls of the projection, has returned) for every way through the statements.
+
+    A call in a loop, ``try``, nested function or conditional expression counts twice: it cannot be relied on.
+    """
+    paths = {(0, False)}
+    for statement in body:
+        if isinstance(statement, ast.If):
+            test = _calls_in(statement.test, name)
+            inner = {
+                (test + count, ended)
+                for branch in (statement.body, statement.orelse)
+                for count, ended in _calls_by_path(branch, name)
+            }
+        elif isinstance(statement, ast.With):
+            inner = _calls_by_path(statement.body, name)
+        else:
+            inner = {(_calls_in(statement, name), isinstance(statement, (ast.Return, ast.Raise)))}
+        paths = {p for p in paths if p[1]} | {(p[0] + c, e) for p in paths if not p[1] for c, e in inner}
+    return paths
+
+
+def _calls_in(root: ast.AST, name: str) -> int:
+    calls = sum(_is_call_of(node, name) for node in ast.walk(root))
+    unsure = (
+        ast.For,
+        ast.While,
+        ast.Try,
+        ast.FunctionDef,
+        ast.Lambda,
+        ast.IfExp,
+        ast.BoolOp,
+        ast.comprehension,
+    )
+    inside = any(
+        _is_call_of(node, name) for block in ast.walk(root) if isinstance(block, unsure) for node in ast.walk(block)
+    )
+    return calls + inside
+
+
+def _is_call_of(node: ast.AST | None, name: str) -> bool:
+    return isinstance(node, ast.Call) and ast.unparse(node) == f"self.{name}(hidden_states)"
+
+
+def _is_allowed_use(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
+    parent = parents.get(node)
+    if any(_is_call_of(parent, name) for name in PROJECTIONS):
+        return True
+    return isinstance(node.ctx, ast.Load) and isinstance(parent, ast.Attribute) and parent.attr in SHAPE_ONLY
+
+
+def _called_methods(body: list[ast.stmt], methods: dict[str, ast.FunctionDef]) -> set[str]:
+    """Methods of the class that the statements reach through ``self``, directly or through one another."""
+    reached: set[str] = set()
+    pending: list[ast.AST] = list(body)
+    while pending:
+        for node in ast.walk(pending.pop()):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "self"
+                and node.attr in methods
+                and node.attr not in reached
+            ):
+                reached.add(node.attr)
+                pending.append(methods[node.attr])
+    return reached
+
+
+def _uses(function: ast.FunctionDef, attribute: str) -> bool:
+    return any(isinstance(n, ast.Attribute) and n.attr == attribute for n in ast.walk(function))
+
+
+def _overlaps_by_itself(layer: ast.ClassDef, breaches: list[str]) -> bool:
+    """Whether the layer names a means of overlapping or fusing the projections.
+
+    A single ``self.in_proj`` counts only where the two projections are gone from ``forward_cuda``.
+    """
+    names = {
+        n.attr if isinstance(n, ast.Attribute) else n.id
+        for n in ast.walk(layer)
+        if isinstance(n, (ast.Attribute, ast.Name))
+    }
+    return bool(names & set(UPSTREAM_OVERLAP)) or (
+        bool(breaches) and "in_proj" in names and not names & set(PROJECTIONS)
+    )

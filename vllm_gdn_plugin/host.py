@@ -1,0 +1,213 @@
+"""The one module that knows vLLM's names. Everything here imports vLLM when it is called, never before."""
+
+import importlib.util
+import logging
+import sys
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vllm_gdn_plugin.plan import LayerFacts, ProjectionFacts
+
+
+def package_directory() -> Path:
+    """Where the installed package ``vllm`` lies, without importing it. Raises ModuleNotFoundError."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError("there is no module named vllm")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def version() -> str:
+    """``vllm.__version__``: the truth also for rebuilds whose distribution has another name."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def platform() -> str:
+    """vLLM's platform: ``cuda``, ``cpu``, ``rocm``, ``xpu`` or the name that an out-of-tree one gives itself."""
+    from vllm.platforms import current_platform
+
+    for name in ("cuda", "rocm", "xpu", "cpu"):
+        if getattr(current_platform, f"is_{name}")():
+            return name
+    return str(current_platform.device_name or current_platform.device_type or "unspecified")
+
+
+def logger() -> logging.Logger:
+    """A logger below vLLM's own, so that its format and level apply to our lines."""
+    from vllm.logger import init_logger
+
+    log: logging.Logger = init_logger("vllm.vllm_gdn_plugin")
+    return log
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for its engine: rank 0 of all workers, or the only one."""
+    from vllm.distributed.parallel_state import is_global_first_rank
+
+    return bool(is_global_first_rank())
+
+
+def declare_variables(variables: dict[str, Callable[[], Any]]) -> None:
+    """Make environment variables known to vLLM.
+
+    vLLM hashes every known variable into its compile-cache keys (``vllm.envs.compile_factors``), so that an
+    artifact compiled with other values, or without the plugin, is never loaded; and it warns of unknown ones.
+    """
+    from vllm import envs
+
+    envs.environment_variables.update(variables)
+
+
+def gdn_class(module: ModuleType, class_name: str) -> Any:
+    """The host's GDN layer class, once its source has passed the contract."""
+    return getattr(module, class_name)
+
+
+def replacement_of(class_name: str) -> Any | None:
+    """The class that is registered to be built in place of ``class_name``, if any."""
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    return op_registry_oot.get(class_name)
+
+
+def replace(class_name: str, replacement: Any) -> None:
+    """Have vLLM build ``replacement`` wherever it builds ``class_name``."""
+    from vllm.model_executor.custom_op import PluggableLayer
+
+    PluggableLayer.register_oot(name=class_name)(replacement)
+
+
+def layer_facts(layer: Any, requested_platform: str) -> LayerFacts:
+    """The facts about a GDN layer that vLLM has just constructed."""
+    from vllm.config import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    graphs = getattr(config.compilation_config, "cudagraph_mode", None)
+    return LayerFacts(
+        platform=requested_platform,
+        qkvz=_projection_facts(getattr(layer, "in_proj_qkvz", None)),
+        ba=_projection_facts(getattr(layer, "in_proj_ba", None)),
+        activation_dtype=_dtype_name(config.model_config.dtype),
+        lora=config.lora_config is not None,
+        cuda_graphs=not config.model_config.enforce_eager and getattr(graphs, "name", "NONE") != "NONE",
+    )
+
+
+def _projection_facts(linear: Any) -> ProjectionFacts:
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    plain = (
+        type(linear) is MergedColumnParallelLinear
+        and linear.bias is None
+        and not linear.gather_output
+        and linear.return_bias
+    )
+    method = getattr(linear, "quant_method", None)
+    return ProjectionFacts(
+        linear_method=_linear_method(method),
+        quantized=type(method).__name__ != "UnquantizedLinearMethod",
+        dtype=_dtype_name(getattr(linear, "params_dtype", None)),
+        output_size=int(getattr(linear, "output_size_per_partition", 0)),
+        plain=plain,
+    )
+
+
+def _linear_method(method: Any) -> str:
+    """Class name of a linear method, and the GEMM that an unquantised one was told to use if it is not torch's."""
+    gemm = getattr(method, "_gemm_impl", None)
+    gemm = getattr(gemm, "func", gemm)
+    default = ("default_unquantized_gemm", "cpu_unquantized_gemm")
+    suffix = "" if gemm is None or gemm.__name__ in default else f" with {gemm.__name__}"
+    return type(method).__name__ + suffix
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def after_loading(action: Callable[[Any], None]) -> Any:
+    """A ``quant_method`` for a layer: every loader of vLLM calls it on the layer once its weights are in place."""
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    class AfterLoading(QuantizeMethodBase):  # type: ignore[misc]
+        supports_pre_processed_weights = True
+        requires_device_loading = False
+
+        def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+            """The layer itself has no weights of ours."""
+
+        def apply(self, layer: Any, *args: Any, **kwargs: Any) -> Any:
+            raise NotImplementedError("a GDN layer is called by its forward")
+
+        def process_weights_after_loading(self, layer: Any) -> None:
+            action(layer)
+
+    return AfterLoading()
+
+
+def layer_by_name(layer_name: Any) -> Any:
+    """The layer that a custom op was given the name of, in the current forward pass."""
+    from vllm.forward_context import get_forward_context
+    from vllm.utils.torch_utils import _resolve_layer_name
+
+    return get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+
+
+def breakable_capture() -> bool:
+    """Whether a breakable CUDA-graph capture is active (vLLM 0.22 and later have them)."""
+    breakable = sys.modules.get("vllm.compilation.breakable_cudagraph")
+    return breakable is not None and bool(breakable.BreakableCUDAGraphCapture.is_active())
+
+
+def when_imported(module_names: tuple[str, ...], action: Callable[[ModuleType], None]) -> None:
+    """Call ``action(module)`` right after one of the modules is executed, or at once where it already is.
+
+    Nothing is imported for it: a process that never needs the module never pays for it. A second call replaces
+    the first.
+    """
+    for finder in [f for f in sys.meta_path if isinstance(f, _ImportWatch)]:
+        sys.meta_path.remove(finder)
+    present = [sys.modules[name] for name in module_names if name in sys.modules]
+    for module in present:
+        action(module)
+    if not present:
+        sys.meta_path.insert(0, _ImportWatch(module_names, action))
+
+
+class _ImportWatch(MetaPathFinder):
+    """Finds nothing itself: lets the other finders find a watched module and adds a step after its execution."""
+
+    def __init__(self, module_names: tuple[str, ...], action: Callable[[ModuleType], None]) -> None:
+        self.module_names = module_names
+        self.action = action
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name not in self.module_names:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoaderWithStep(spec.loader, self.action)
+        return spec
+
+
+class _LoaderWithStep(Loader):
+    def __init__(self, loader: Loader, action: Callable[[ModuleType], None]) -> None:
+        self.loader = loader
+        self.action = action
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        spec = module.__spec__
+        assert spec is not None
+        spec.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        self.action(module)

@@ -1,0 +1,72 @@
+"""The layer that takes the place of vLLM's GDN layer: the stock forward, on projections computed beforehand."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.utils.torch_utils import _encode_layer_name
+
+import vllm_gdn_plugin.op  # noqa: F401  registers torch.ops.vllm_gdn_plugin.gdn_in_proj
+from vllm_gdn_plugin.plan import SERIAL
+
+
+class ProjectedLayer:
+    """Stands in for a GDN layer whose two projections of ``hidden_states`` are already computed.
+
+    Every other attribute is the layer's own, so vLLM's forward body runs on it unchanged, in every release.
+    """
+
+    def __init__(self, layer: Any, qkvz: torch.Tensor, ba: torch.Tensor) -> None:
+        self._layer = layer
+        self._qkvz = qkvz
+        self._ba = ba
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def in_proj_qkvz(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self._qkvz, None
+
+    def in_proj_ba(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return self._ba, None
+
+
+def project(layer: Any, hidden_states: torch.Tensor) -> Any:
+    """What the stock forward runs on: the layer itself where its plan is serial, else its stand-in."""
+    if layer.gdn_strategy == SERIAL:
+        return layer
+    qkvz, ba = torch.ops.vllm_gdn_plugin.gdn_in_proj(
+        hidden_states,
+        layer.in_proj_qkvz.output_size_per_partition,
+        layer.in_proj_ba.output_size_per_partition,
+        _encode_layer_name(layer.prefix),
+    )
+    return ProjectedLayer(layer, qkvz, ba)
+
+
+def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
+    """A subclass of vLLM's GDN layer class ``stock``, for every supported release.
+
+    Args:
+        stock: the class whose source has passed the contract.
+        adopt: called on each new layer; sets ``gdn_strategy``, ``gdn_max_tokens`` and ``gdn_safe_pair``.
+    """
+
+    class GdnPluginLayer(stock):  # type: ignore[misc]
+        is_gdn_plugin = True
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            adopt(self)
+
+        # The stock function is called through its class: Dynamo does not trace super().forward_cuda.__func__.
+        def forward_cuda(self, hidden_states: torch.Tensor, *output: torch.Tensor) -> Any:
+            return stock.forward_cuda(project(self, hidden_states), hidden_states, *output)
+
+        if hasattr(stock, "forward_cpu"):
+
+            def forward_cpu(self, hidden_states: torch.Tensor, *output: torch.Tensor) -> Any:
+                return stock.forward_cpu(project(self, hidden_states), hidden_states, *output)
+
+    GdnPluginLayer.__qualname__ = GdnPluginLayer.__name__ = f"GdnPlugin{stock.__name__}"
+    return GdnPluginLayer

@@ -1,0 +1,77 @@
+"""The custom op ``torch.ops.vllm_gdn_plugin.gdn_in_proj``: both input projections of a GDN layer in one call.
+
+Importing this module registers the op. It lies in a library of our own: vLLM may one day have one of this name.
+"""
+
+from typing import Any
+
+import torch
+from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
+from vllm.utils.torch_utils import LayerNameType, aux_stream, direct_register_custom_op
+
+from vllm_gdn_plugin import host
+from vllm_gdn_plugin.overlap import StaysSerial, stays_serial
+
+_library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
+
+
+def gdn_in_proj(
+    hidden_states: torch.Tensor,
+    qkvz_size: int,
+    ba_size: int,
+    layer_name: LayerNameType,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Project ``hidden_states`` with the layer's ``in_proj_qkvz`` and ``in_proj_ba``, side by side where it pays.
+
+    Args:
+        hidden_states: (num_tokens, hidden_size), in the model's dtype.
+        qkvz_size: ``in_proj_qkvz.output_size_per_partition``.
+        ba_size: ``in_proj_ba.output_size_per_partition``.
+        layer_name: the layer's key in the forward context. As a ``LayerName`` it is an input of the compiled
+            graph, so that all layers share one artifact; as a string it would make one artifact per layer
+            (the reason for which vLLM undid its first such op: vLLM #38152).
+
+    Returns:
+        (num_tokens, qkvz_size) and (num_tokens, ba_size), contiguous, in the dtype of ``hidden_states``.
+
+    What a projection raises, an out-of-memory say, passes through.
+    """
+    layer = host.layer_by_name(layer_name)
+
+    def qkvz() -> torch.Tensor:
+        return layer.in_proj_qkvz(hidden_states)[0]
+
+    def ba() -> torch.Tensor:
+        return layer.in_proj_ba(hidden_states)[0]
+
+    if why_serial(hidden_states, layer) is not None:
+        return qkvz(), ba()
+    # Only reached while a graph is captured: events made here cost nothing at replay and are shared with nobody.
+    fork, join = torch.cuda.Event(), torch.cuda.Event()
+    return maybe_execute_in_parallel(qkvz, ba, fork, join, aux_stream())  # type: ignore[no-any-return]
+
+
+def why_serial(hidden_states: torch.Tensor, layer: Any) -> StaysSerial | None:
+    """Why this call of the op runs serially, or None when it overlaps."""
+    on_cuda = hidden_states.is_cuda and torch.version.hip is None
+    return stays_serial(
+        aux_stream=on_cuda,
+        safe_pair=layer.gdn_safe_pair,
+        capturing=on_cuda and torch.cuda.is_current_stream_capturing(),
+        breakable_capture=on_cuda and host.breakable_capture(),
+        num_tokens=hidden_states.size(0),
+        max_tokens=layer.gdn_max_tokens,
+    )
+
+
+def _fake(
+    hidden_states: torch.Tensor,
+    qkvz_size: int,
+    ba_size: int,
+    layer_name: LayerNameType,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens = hidden_states.size(0)
+    return hidden_states.new_empty((num_tokens, qkvz_size)), hidden_states.new_empty((num_tokens, ba_size))
+
+
+direct_register_custom_op("gdn_in_proj", gdn_in_proj, fake_impl=_fake, target_lib=_library)

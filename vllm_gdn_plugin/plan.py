@@ -1,0 +1,137 @@
+"""Which strategy a GDN layer gets, and why: pure functions from facts to a plan."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_gdn_plugin.overlap import share_no_scratch
+
+SERIAL = "serial"
+DUAL_STREAM = "dual_stream"
+AUTO = "auto"
+
+STRATEGIES = (DUAL_STREAM, SERIAL)
+"""What a layer can be run with."""
+
+REQUESTS = (AUTO, *STRATEGIES)
+"""What an operator can ask for."""
+
+
+@dataclass(frozen=True)
+class ProjectionFacts:
+    """One projection of a layer, as vLLM built it."""
+
+    linear_method: str
+    """Class name of its ``quant_method``: how it multiplies."""
+    quantized: bool
+    dtype: str
+    """dtype of its parameters, and of its output: ``params_dtype``."""
+    output_size: int
+    """``output_size_per_partition``: never taken from a weight, which may be packed."""
+    plain: bool = True
+    """A column-parallel linear layer without bias, gathering or wrapper."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """All that the plan for one GDN layer depends on."""
+
+    platform: str
+    qkvz: ProjectionFacts
+    ba: ProjectionFacts
+    activation_dtype: str
+    lora: bool = False
+    cuda_graphs: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with a layer, and the reason in one line."""
+
+    strategy: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A condition on a layer that a strategy needs, as the README states it."""
+
+    needs: str
+    holds: Callable[[LayerFacts], bool]
+    otherwise: Callable[[LayerFacts], str]
+    """The reason given to the user where the condition does not hold."""
+
+
+DUAL_STREAM_RULES = (
+    Rule(
+        "no LoRA",
+        lambda f: not f.lora,
+        lambda f: "LoRA is enabled: it wraps both projections and has a second stream of its own",
+    ),
+    Rule(
+        "both projections are plain linear layers",
+        lambda f: f.qkvz.plain and f.ba.plain,
+        lambda f: "a projection has a bias, gathers its output, or was replaced by something else",
+    ),
+    Rule(
+        "both give the activations' dtype",
+        lambda f: f.qkvz.dtype == f.ba.dtype == f.activation_dtype,
+        lambda f: (
+            f"in_proj_qkvz gives {f.qkvz.dtype} and in_proj_ba {f.ba.dtype}"
+            f" where the activations are {f.activation_dtype}"
+        ),
+    ),
+    Rule(
+        "their kernels share no scratch memory",
+        lambda f: f.platform != "cuda" or share_no_scratch(f.qkvz.linear_method, f.ba.linear_method),
+        lambda f: (
+            f"{f.qkvz.linear_method} and {f.ba.linear_method} are not known to be safe side by side:"
+            " kernels that share scratch memory corrupt each other on two streams"
+        ),
+    ),
+    Rule(
+        "CUDA graphs are on (the CPU runs the op serially)",
+        lambda f: f.cuda_graphs or f.platform != "cuda",
+        lambda f: (
+            "CUDA graphs are off (enforce_eager, or cudagraph_mode NONE): launching on two streams would cost"
+            " more than it hides"
+        ),
+    ),
+)
+
+
+def plan(facts: LayerFacts, request: str) -> Plan:
+    """The strategy for one layer.
+
+    ``auto`` takes dual_stream on CUDA where every rule holds, and stock vLLM elsewhere. A strategy asked for by
+    name that a rule forbids becomes serial with the rule's reason.
+    """
+    if request == SERIAL:
+        return Plan(SERIAL, SERIAL_REASON)
+    if request == AUTO and facts.platform != "cuda":
+        return Plan(SERIAL, nothing_to_gain(facts.platform))
+    for rule in DUAL_STREAM_RULES:
+        if not rule.holds(facts):
+            return Plan(SERIAL, rule.otherwise(facts))
+    return Plan(DUAL_STREAM, "every condition of dual_stream holds")
+
+
+SERIAL_REASON = "serial was asked for: vLLM runs as it is"
+
+
+def nothing_to_gain(platform: str) -> str:
+    """Why ``auto`` leaves a platform other than CUDA alone."""
+    return f"there is no second stream to overlap on with platform {platform}"
+
+
+def platform_plan(platform: str, request: str) -> Plan:
+    """The plan as far as platform and request decide it, before any layer is known.
+
+    Serial here means that the host's class is left untouched.
+    """
+    if request == SERIAL:
+        return Plan(SERIAL, SERIAL_REASON)
+    if platform not in ("cuda", "cpu"):
+        return Plan(SERIAL, f"{nothing_to_gain(platform)}: the plugin supports CUDA only")
+    if request == AUTO and platform != "cuda":
+        return Plan(SERIAL, nothing_to_gain(platform))
+    return Plan(DUAL_STREAM, "decided layer by layer when the model is built")

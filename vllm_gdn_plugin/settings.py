@@ -1,0 +1,97 @@
+"""The plugin's settings: environment variables, each defined once and validated here."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from vllm_gdn_plugin.plan import REQUESTS
+
+PREFIX = "VLLM_GDN_PLUGIN_"
+
+DEFAULT_MAX_TOKENS = 1024
+"""Above this number of tokens in a batch the wide projection fills the GPU and there is nothing left to overlap."""
+
+
+def _strategy(text: str) -> str:
+    if text.lower() in REQUESTS:
+        return text.lower()
+    raise ValueError("one of " + ", ".join(REQUESTS))
+
+
+def _switch(text: str) -> bool:
+    value = {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+    }
+    if text.lower() in value:
+        return value[text.lower()]
+    raise ValueError("1 or 0")
+
+
+def _count(text: str) -> int:
+    if text.isascii() and text.isdigit() and len(text) <= 9:
+        return int(text)
+    raise ValueError("a whole number of tokens from 0 to 999999999")
+
+
+def _setting(default: Any, parse: Callable[[str], Any], help: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the operator asked for. Field ``name`` is read from ``VLLM_GDN_PLUGIN_<NAME>``."""
+
+    strategy: str = _setting(
+        "auto",
+        _strategy,
+        "auto: the fastest safe one for each layer; dual_stream; serial: stock vLLM, untouched",
+    )
+    max_tokens: int = _setting(
+        DEFAULT_MAX_TOKENS, _count, "dual_stream overlaps batches of up to this many tokens; 0: none"
+    )
+    allow_untested: bool = _setting(False, _switch, "1: try a vLLM newer than the supported range")
+    strict: bool = _setting(False, _switch, "1: stop the engine instead of stepping aside")
+
+
+def variable(name: str) -> str:
+    """The environment variable of the setting ``name``."""
+    return PREFIX + name.upper()
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """(variable, default, help) of every setting, for ``--help`` and the README."""
+    return [
+        (
+            variable(f.name),
+            str(int(f.default) if isinstance(f.default, bool) else f.default),
+            f.metadata["help"],
+        )
+        for f in fields(Settings)
+    ]
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, list[str]]:
+    """Settings from the environment, and one line for each value that could not be used.
+
+    A wrong value leaves the default in force; an empty one counts as not set. Never raises.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for f in fields(Settings):
+        text = environ.get(variable(f.name), "").strip()
+        if not text:
+            continue
+        try:
+            values[f.name] = f.metadata["parse"](text)
+        except ValueError as expected:
+            problems.append(f"{variable(f.name)}={text!r} is not {expected}; using {f.default!r}")
+    return Settings(**values), problems
