@@ -46,6 +46,11 @@ def logger() -> logging.Logger:
     return log
 
 
+def warn_once(message: str) -> None:
+    """A warning that a layer gives while the engine runs: once in a process, however many layers give it."""
+    logger().warning_once("vllm-gdn-plugin: %s", message)  # type: ignore[attr-defined]
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for its engine: rank 0 of all workers, or the only one."""
     from vllm.distributed.parallel_state import is_global_first_rank
@@ -85,10 +90,12 @@ def replace(class_name: str, replacement: Any) -> None:
 
 def layer_facts(layer: Any, requested_platform: str) -> LayerFacts:
     """The facts about a GDN layer that vLLM has just constructed."""
+    from vllm import envs
     from vllm.config import get_current_vllm_config
 
     config = get_current_vllm_config()
     graphs = getattr(config.compilation_config, "cudagraph_mode", None)
+    offload = config.offload_config
     return LayerFacts(
         platform=requested_platform,
         qkvz=_projection_facts(getattr(layer, "in_proj_qkvz", None)),
@@ -96,7 +103,17 @@ def layer_facts(layer: Any, requested_platform: str) -> LayerFacts:
         activation_dtype=_dtype_name(config.model_config.dtype),
         lora=config.lora_config is not None,
         cuda_graphs=not config.model_config.enforce_eager and getattr(graphs, "name", "NONE") != "NONE",
+        batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
+        offload=offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,
+        weights_in_place=_on_one_device(layer),
+        packed_spec_decode=bool(getattr(layer, "enable_fused_gdn_spec_decode", False)),
     )
+
+
+def _on_one_device(layer: Any) -> bool:
+    weights = [getattr(getattr(layer, name, None), "weight", None) for name in ("in_proj_qkvz", "in_proj_ba")]
+    devices = {str(getattr(weight, "device", None)) for weight in weights}
+    return len(devices) == 1 and not devices & {"meta", "None"}
 
 
 def _projection_facts(linear: Any) -> ProjectionFacts:

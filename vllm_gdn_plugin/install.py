@@ -13,7 +13,7 @@ from vllm_gdn_plugin import host
 from vllm_gdn_plugin.contract import GDN_CLASSES, check_contract
 from vllm_gdn_plugin.decision import decide
 from vllm_gdn_plugin.overlap import share_no_scratch
-from vllm_gdn_plugin.plan import SERIAL, Plan, plan
+from vllm_gdn_plugin.plan import FUSED, SERIAL, Plan, plan
 from vllm_gdn_plugin.settings import Settings, read_settings, variable
 from vllm_gdn_plugin.versions import judge_version
 
@@ -67,23 +67,34 @@ def install(settings: Settings, module: ModuleType) -> None:
 
 def adopt(settings: Settings, platform: str, layer: Any) -> None:
     """Plan a layer that vLLM has just constructed. A layer that cannot be planned stays serial."""
-    layer.gdn_strategy, layer.gdn_max_tokens, layer.gdn_safe_pair = SERIAL, settings.max_tokens, False
-    chosen = Plan(SERIAL, "the layer could not be planned")
+    layer.gdn_strategy = SERIAL
     with stepping_aside(settings, speaks=host.is_first_rank()):
         facts = host.layer_facts(layer, platform)
         chosen = plan(facts, settings.strategy)
         ledger.record(chosen)
         if chosen.strategy == SERIAL:
             raise Refused(chosen.reason)
+        if chosen.strategy == FUSED:
+            from vllm_gdn_plugin.fused import FusedProjections
+
+            layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+            layer.gdn_padding = layer.gdn_fused.padding
+        layer.gdn_max_tokens = settings.max_tokens
         layer.gdn_safe_pair = share_no_scratch(facts.qkvz.linear_method, facts.ba.linear_method)
-        layer.quant_method = host.after_loading(partial(report, settings, platform))
+        layer.quant_method = host.after_loading(partial(loaded, settings, platform))
         layer.gdn_strategy = chosen.strategy
 
 
-def report(settings: Settings, platform: str, layer: Any) -> None:
-    """Say once for an engine what was done, when its first GDN layer has its weights and all are planned."""
-    summary = ledger.summary()
+def loaded(settings: Settings, platform: str, layer: Any) -> None:
+    """Finish a layer whose weights are in place, and with the first one say what was done in this engine.
+
+    A loader may have replaced a parameter instead of writing into it: then the layer is not fused.
+    """
     with stepping_aside(settings, speaks=host.is_first_rank()) as say:
+        if layer.gdn_strategy == FUSED and not layer.gdn_fused.is_loaded():
+            layer.gdn_strategy = SERIAL
+            raise Refused("the loader replaced a weight that fused needs in place")
+        summary = ledger.summary()
         if summary:
             say("info", f"{summary} (platform {platform}, vLLM {host.version()})")
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from vllm.utils.torch_utils import _encode_layer_name
 
-import vllm_gdn_plugin.op  # noqa: F401  registers torch.ops.vllm_gdn_plugin.gdn_in_proj
-from vllm_gdn_plugin.plan import SERIAL
+import vllm_gdn_plugin.op  # noqa: F401  registers torch.ops.vllm_gdn_plugin
+from vllm_gdn_plugin.plan import FUSED, SERIAL
 
 
 class ProjectedLayer:
@@ -35,12 +35,14 @@ def project(layer: Any, hidden_states: torch.Tensor) -> Any:
     """What the stock forward runs on: the layer itself where its plan is serial, else its stand-in."""
     if layer.gdn_strategy == SERIAL:
         return layer
-    qkvz, ba = torch.ops.vllm_gdn_plugin.gdn_in_proj(
-        hidden_states,
-        layer.in_proj_qkvz.output_size_per_partition,
-        layer.in_proj_ba.output_size_per_partition,
-        _encode_layer_name(layer.prefix),
-    )
+    sizes = [layer.in_proj_qkvz.output_size_per_partition, layer.in_proj_ba.output_size_per_partition]
+    name = _encode_layer_name(layer.prefix)
+    if layer.gdn_strategy == FUSED:
+        padding = layer.gdn_padding
+        both = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(hidden_states, sum(sizes) + padding, name)
+        qkvz, ba, _ = both.split([*sizes, padding], dim=-1)
+    else:
+        qkvz, ba = torch.ops.vllm_gdn_plugin.gdn_in_proj(hidden_states, *sizes, name)
     return ProjectedLayer(layer, qkvz, ba)
 
 
@@ -49,7 +51,7 @@ def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
 
     Args:
         stock: the class whose source has passed the contract.
-        adopt: called on each new layer; sets ``gdn_strategy``, ``gdn_max_tokens`` and ``gdn_safe_pair``.
+        adopt: called on each new layer; sets ``gdn_strategy`` and what that strategy needs.
     """
 
     class GdnPluginLayer(stock):  # type: ignore[misc]

@@ -1,6 +1,9 @@
-"""The custom op ``torch.ops.vllm_gdn_plugin.gdn_in_proj``: both input projections of a GDN layer in one call.
+"""The custom ops that project the input of a GDN layer: ``gdn_in_proj`` and ``gdn_fused_in_proj``.
 
-Importing this module registers the op. It lies in a library of our own: vLLM may one day have one of this name.
+Importing this module registers them. They lie in a library of our own: vLLM may one day have ops of these names.
+Both take the layer's key in the forward context. As a ``LayerName`` it is an input of the compiled graph, so that
+all layers share one artifact; as a string it would make one artifact per layer (the reason for which vLLM undid its
+first such op: vLLM #38152).
 """
 
 from typing import Any
@@ -27,9 +30,7 @@ def gdn_in_proj(
         hidden_states: (num_tokens, hidden_size), in the model's dtype.
         qkvz_size: ``in_proj_qkvz.output_size_per_partition``.
         ba_size: ``in_proj_ba.output_size_per_partition``.
-        layer_name: the layer's key in the forward context. As a ``LayerName`` it is an input of the compiled
-            graph, so that all layers share one artifact; as a string it would make one artifact per layer
-            (the reason for which vLLM undid its first such op: vLLM #38152).
+        layer_name: the layer's key in the forward context.
 
     Returns:
         (num_tokens, qkvz_size) and (num_tokens, ba_size), contiguous, in the dtype of ``hidden_states``.
@@ -74,4 +75,33 @@ def _fake(
     return hidden_states.new_empty((num_tokens, qkvz_size)), hidden_states.new_empty((num_tokens, ba_size))
 
 
+def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerNameType) -> torch.Tensor:
+    """Project ``hidden_states`` with both weights of the layer in one GEMM.
+
+    vLLM drops the guards of its compiled graphs, so what must hold at every call is asked here: should a weight have
+    been replaced or moved, the two projections are computed as stock vLLM would, and the reason is logged once.
+
+    Args:
+        hidden_states: (num_tokens, hidden_size), in the model's dtype.
+        size: outputs of ``in_proj_qkvz`` and ``in_proj_ba``, and the padding.
+        layer_name: the layer's key in the forward context.
+
+    Returns:
+        (num_tokens, size), contiguous, in the dtype of ``hidden_states``: qkvz, ba, padding.
+    """
+    fused = host.layer_by_name(layer_name).gdn_fused
+    if not fused.broken:
+        reason = fused.why_broken(hidden_states)
+        if reason is None:
+            return fused.apply(hidden_states)
+        fused.broken = True
+        host.warn_once(f"a GDN layer goes back to serial: {reason}")
+    return fused.apply_serially(hidden_states)
+
+
+def _fake_fused(hidden_states: torch.Tensor, size: int, layer_name: LayerNameType) -> torch.Tensor:
+    return hidden_states.new_empty((hidden_states.size(0), size))
+
+
 direct_register_custom_op("gdn_in_proj", gdn_in_proj, fake_impl=_fake, target_lib=_library)
+direct_register_custom_op("gdn_fused_in_proj", gdn_fused_in_proj, fake_impl=_fake_fused, target_lib=_library)

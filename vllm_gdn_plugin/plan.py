@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_gdn_plugin.overlap import share_no_scratch
+from vllm_gdn_plugin.overlap import UNQUANTIZED, share_no_scratch
 
-SERIAL = "serial"
+FUSED = "fused"
 DUAL_STREAM = "dual_stream"
+SERIAL = "serial"
 AUTO = "auto"
 
-STRATEGIES = (DUAL_STREAM, SERIAL)
+STRATEGIES = (FUSED, DUAL_STREAM, SERIAL)
 """What a layer can be run with."""
 
 REQUESTS = (AUTO, *STRATEGIES)
@@ -41,6 +42,13 @@ class LayerFacts:
     activation_dtype: str
     lora: bool = False
     cuda_graphs: bool = True
+    batch_invariant: bool = False
+    offload: bool = False
+    """Weights are kept on, or fetched from, the CPU: they move while the engine runs."""
+    weights_in_place: bool = True
+    """Both weights lie on the device that computes, so they can become one storage before they are loaded."""
+    packed_spec_decode: bool = False
+    """The layer decodes drafts with vLLM's CUDA kernel, which wants the projections' outputs dense (0.28 and later)."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class Rule:
     """The reason given to the user where the condition does not hold."""
 
 
-DUAL_STREAM_RULES = (
+COMMON_RULES = (
     Rule(
         "no LoRA",
         lambda f: not f.lora,
@@ -80,6 +88,34 @@ DUAL_STREAM_RULES = (
             f" where the activations are {f.activation_dtype}"
         ),
     ),
+)
+
+FUSED_RULES = (
+    *COMMON_RULES,
+    Rule(
+        "both are unquantised",
+        lambda f: f.qkvz.linear_method == f.ba.linear_method == UNQUANTIZED,
+        lambda f: f"one GEMM cannot serve {f.qkvz.linear_method} and {f.ba.linear_method}",
+    ),
+    Rule(
+        "`VLLM_BATCH_INVARIANT` is off",
+        lambda f: not f.batch_invariant,
+        lambda f: "VLLM_BATCH_INVARIANT=1 promises bit-equal results, and one GEMM rounds differently from two",
+    ),
+    Rule(
+        "no CPU offload, and the weights lie on the device from the start",
+        lambda f: f.weights_in_place and not f.offload,
+        lambda f: "the weights are offloaded or not yet in place, so they cannot be one storage",
+    ),
+    Rule(
+        "drafts are not decoded by vLLM's packed CUDA kernel",
+        lambda f: not f.packed_spec_decode,
+        lambda f: "vLLM's packed kernel for speculative decoding wants dense inputs, not row blocks of one output",
+    ),
+)
+
+DUAL_STREAM_RULES = (
+    *COMMON_RULES,
     Rule(
         "their kernels share no scratch memory",
         lambda f: f.platform != "cuda" or share_no_scratch(f.qkvz.linear_method, f.ba.linear_method),
@@ -102,17 +138,26 @@ DUAL_STREAM_RULES = (
 def plan(facts: LayerFacts, request: str) -> Plan:
     """The strategy for one layer.
 
-    ``auto`` takes dual_stream on CUDA where every rule holds, and stock vLLM elsewhere. A strategy asked for by
-    name that a rule forbids becomes serial with the rule's reason.
+    ``auto`` takes, on CUDA, fused where its rules hold, else dual_stream where its rules hold, else serial, and stock
+    vLLM elsewhere. A strategy asked for by name that a rule forbids becomes serial with the rule's reason.
     """
     if request == SERIAL:
         return Plan(SERIAL, SERIAL_REASON)
     if request == AUTO and facts.platform != "cuda":
         return Plan(SERIAL, nothing_to_gain(facts.platform))
-    for rule in DUAL_STREAM_RULES:
-        if not rule.holds(facts):
-            return Plan(SERIAL, rule.otherwise(facts))
-    return Plan(DUAL_STREAM, "every condition of dual_stream holds")
+    refusals: list[str] = []
+    for strategy, rules in RULES.items():
+        if request in (AUTO, strategy):
+            refusal = next((rule.otherwise(facts) for rule in rules if not rule.holds(facts)), None)
+            if refusal is None:
+                return Plan(strategy, "; ".join(refusals) or f"every condition of {strategy} holds")
+            if refusal not in refusals:
+                refusals.append(refusal)
+    return Plan(SERIAL, "; ".join(refusals))
+
+
+RULES: dict[str, tuple[Rule, ...]] = {FUSED: FUSED_RULES, DUAL_STREAM: DUAL_STREAM_RULES}
+"""What each strategy needs, fastest first: ``auto`` takes the first whose rules all hold."""
 
 
 SERIAL_REASON = "serial was asked for: vLLM runs as it is"
@@ -134,4 +179,4 @@ def platform_plan(platform: str, request: str) -> Plan:
         return Plan(SERIAL, f"{nothing_to_gain(platform)}: the plugin supports CUDA only")
     if request == AUTO and platform != "cuda":
         return Plan(SERIAL, nothing_to_gain(platform))
-    return Plan(DUAL_STREAM, "decided layer by layer when the model is built")
+    return Plan(request, "decided layer by layer when the model is built")

@@ -52,7 +52,7 @@ class Settings:
     strategy: str = _setting(
         "auto",
         _strategy,
-        "auto: the fastest safe one for each layer; dual_stream; serial: stock vLLM, untouched",
+        "auto: the fastest safe one for each layer; fused; dual_stream; serial: stock vLLM, untouched",
     )
     max_tokens: int = _setting(
         DEFAULT_MAX_TOKENS, _count, "dual_stream overlaps batches of up to this many tokens; 0: none"

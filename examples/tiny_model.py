@@ -1,0 +1,113 @@
+"""Tiny random models with Gated Delta Net layers, made offline in a few seconds.
+
+    python tiny_model.py KIND DIRECTORY [--seed N]
+
+Each is a complete checkpoint (config, bf16 weights, byte-level tokenizer) of about 5 MB. It says
+nothing sensible, but its logits differ from token to token, so two ways of computing it can be
+compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
+from transformers.utils.logging import disable_progress_bar
+
+VOCAB_SIZE = 320  # 256 bytes, one end-of-text token, the rest unused
+END_OF_TEXT = 256
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.08,  # at the usual 0.02 so small a model's logits are nearly constant
+    "eos_token_id": END_OF_TEXT,
+    "dtype": "bfloat16",
+}
+_DENSE: dict[str, Any] = {"intermediate_size": 512}
+_MOE: dict[str, Any] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "shared_expert_intermediate_size": 128,
+}
+
+_BUILDERS: dict[str, Callable[[], Any]] = {
+    "qwen3_5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_COMMON, **_DENSE)),
+    "qwen3_5_moe": lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_COMMON, **_MOE)),
+    # The only one whose checkpoint stores q, k, v, z (and b, a) interleaved by key head.
+    "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_COMMON, **_DENSE, **_MOE)),
+}
+KINDS = tuple(_BUILDERS)
+
+
+def make_model(kind: str, directory: Path, seed: int = 0) -> Path:
+    """Write the tiny model `kind`, one of `KINDS`, into `directory` and return `directory`.
+
+    The same `seed` gives the same weights. Raises ValueError for an unknown `kind`.
+    """
+    if kind not in _BUILDERS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _BUILDERS[kind]()
+        _spread_gates(model)
+    model.to(torch.bfloat16).save_pretrained(directory)
+    _byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@torch.no_grad()
+def _spread_gates(model: torch.nn.Module) -> None:
+    """Give the heads of each GDN layer decays from slow to fast, as trained models have."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.uniform_(0.1, 2.0).log_()
+        elif name.endswith("dt_bias"):
+            parameter.uniform_(-4.0, 0.0)
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    names = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"]
+    names += [f"<|unused{i}|>" for i in range(VOCAB_SIZE - len(names))]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=names[END_OF_TEXT])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    disable_progress_bar()
+    print(make_model(args.kind, args.directory, args.seed))
+
+
+if __name__ == "__main__":
+    main()

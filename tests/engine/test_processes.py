@@ -1,0 +1,63 @@
+"""Several processes: what each loads and imports, the same answers over HTTP and with tensor parallel size 2."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import MODEL_NAME, engine_env, serve
+
+ON = {"VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}
+SEPARATE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+ENGINE_ARGS = ["--mamba-ssm-cache-dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4", "--enforce-eager"]
+
+
+def processes(events: list[dict[str, Any]], event: str) -> set[str]:
+    return {e["process"] for e in events if e["event"] == event}
+
+
+def test_tensor_parallel_size_2(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> None:
+    """Same tokens; every process loads plugins, and none imports the GDN module that would not without us."""
+    stock_env, stock_events = witness()
+    stock = run_generate("qwen3_5", env=stock_env | SEPARATE | {"VLLM_PLUGINS": "witness"}, tp=2)
+    env, events = witness()
+    got = run_generate("qwen3_5", env=env | SEPARATE | ON, tp=2)
+    assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+
+    assert processes(events(), "plugins loaded") == processes(stock_events(), "plugins loaded")
+    assert processes(events(), "plugins loaded") >= {"main", "EngineCore", "VllmWorker"}
+    assert processes(events(), "GDN module imported") == processes(stock_events(), "GDN module imported")
+    assert processes(events(), "GDN module imported") <= {"VllmWorker", "inspection"}
+    assert processes(events(), "dual_stream op called") == {"VllmWorker"}
+    assert len({e["pid"] for e in events() if e["event"] == "dual_stream op called"}) == 2
+    reports = re.findall(r"dual_stream on 3 of 3 GDN layers", got["log"])
+    assert len(reports) == 1, "one line for an engine, not one for each rank"
+
+
+@pytest.fixture(scope="module")
+def answer(models: Callable[[str], Path], scratch: Path, witness: Callable[..., Any]) -> Callable[..., Any]:
+    def ask(**settings: str) -> tuple[Any, str, list[dict[str, Any]]]:
+        env, events = witness()
+        env = engine_env(scratch, **env, **settings)
+        with serve(models("qwen3_5"), env=env, args=ENGINE_ARGS) as server:
+            body = {"model": MODEL_NAME, "prompt": "Gated delta", "max_tokens": 16, "temperature": 0, "logprobs": 1}
+            choice = server.post("/v1/completions", body)["choices"][0]
+            return choice, server.log_text(), events()
+
+    return ask
+
+
+def test_serving_over_http_switched_by_vllm_plugins(answer: Callable[..., Any]) -> None:
+    """VLLM_PLUGINS empty, with another name, and with ours (`witness` is the tests' own observer)."""
+    stock, stock_log, _ = answer(VLLM_PLUGINS="", **ON)
+    other, other_log, events = answer(VLLM_PLUGINS="witness,no_such_plugin", **ON)
+    ours, log, our_events = answer(VLLM_PLUGINS="witness,vllm_gdn_plugin", **ON)
+    assert stock == other == ours
+    assert "vllm-gdn-plugin" not in stock_log + other_log
+    assert not processes(events, "dual_stream op called")
+    assert processes(our_events, "plugins loaded") >= {"main", "EngineCore"}
+    assert processes(our_events, "dual_stream op called") == {"EngineCore"}
+    lines = [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
+    assert len(lines) == 1
+    assert "dual_stream on 3 of 3 GDN layers (platform cpu, vLLM " in lines[0]

@@ -1,0 +1,50 @@
+"""The tokens and log-probabilities of a real engine, with each strategy and without the plugin."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+from tiny_model import KINDS
+
+GDN_LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def generated(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> Callable[[str, str, bool], Any]:
+    @cache
+    def generate(kind: str, strategy: str, eager: bool) -> Any:
+        env, _ = witness()
+        plugin = {"VLLM_PLUGINS": "witness"} if strategy == "off" else {"VLLM_GDN_PLUGIN_STRATEGY": strategy}
+        return run_generate(kind, env=env | plugin, eager=eager)
+
+    return generate
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
+def test_same_as_stock(generated: Callable[..., Any], kind: str, strategy: str, eager: bool) -> None:
+    stock, plugin = generated(kind, "off", eager), generated(kind, strategy, eager)
+    assert plugin["token_ids"] == stock["token_ids"]
+    if strategy == "dual_stream":
+        assert plugin["logprobs"] == stock["logprobs"]
+    else:  # one GEMM may round differently from two
+        for ours, theirs in zip(plugin["logprobs"], stock["logprobs"], strict=True):
+            assert ours == pytest.approx(theirs, abs=0.05)
+    steps = len(stock["token_ids"][0])
+    assert stock["op_calls"] == {}
+    assert list(plugin["op_calls"]) == [strategy]
+    assert plugin["op_calls"][strategy] % GDN_LAYERS == 0
+    assert plugin["op_calls"][strategy] >= GDN_LAYERS * steps
+    assert f"{strategy} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers (platform cpu" in plugin["log"]
+    assert "vllm-gdn-plugin" not in stock["log"]
+
+
+def test_auto_leaves_the_cpu_alone(generated: Callable[..., Any]) -> None:
+    stock, auto = generated("qwen3_5", "off", True), generated("qwen3_5", "auto", True)
+    assert (auto["token_ids"], auto["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+    assert auto["op_calls"] == {}
+    lines = [line for line in auto["log"].splitlines() if "vllm-gdn-plugin" in line]
+    assert len(lines) == 1
+    assert "stock vLLM is left untouched: there is no second stream" in lines[0]

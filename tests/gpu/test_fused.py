@@ -1,0 +1,64 @@
+"""One GEMM for both projections on a GPU: as close to float64 as the two are, and never on a stale weight."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from gpu_layers import SHAPES, TOKENS
+
+TOLERANCE = 1.05
+"""The error against float64 may be at most this many times that of the two separate projections."""
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [1, 4])
+@pytest.mark.parametrize("model", SHAPES)
+def test_as_exact_as_serial(make_layer: Callable[..., Any], model: str, tensor_parallel_size: int) -> None:
+    import torch
+
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    hidden, qkvz, ba = SHAPES[model]
+    sizes = [qkvz // tensor_parallel_size, ba // tensor_parallel_size]
+    layer = make_layer((hidden, *sizes))
+    qkvz_before, ba_before = layer.in_proj_qkvz.weight.clone(), layer.in_proj_ba.weight.clone()
+    fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+    assert torch.equal(layer.in_proj_qkvz.weight, qkvz_before)
+    assert torch.equal(layer.in_proj_ba.weight, ba_before)
+    exact_weight = torch.cat([qkvz_before, ba_before]).double()
+    for num_tokens in TOKENS:
+        x = torch.randn(num_tokens, hidden, device="cuda", dtype=torch.bfloat16)
+        exact = (x.double() @ exact_weight.T).split(sizes, dim=-1)
+        one = fused.apply(x).split([*sizes, fused.padding], dim=-1)
+        two = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
+        for got, stock, want in zip(one, two, exact, strict=False):
+            error, allowed = (got - want).norm(), (stock - want).norm()
+            assert error <= TOLERANCE * allowed, f"{num_tokens} tokens: {error} against {allowed}"
+
+
+def test_takes_no_more_memory_than_the_two_weights(make_layer: Callable[..., Any]) -> None:
+    import torch
+
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    layer = make_layer(SHAPES["9B"])
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_weight_written_in_place_is_seen_and_a_moved_one_is_noticed(make_layer: Callable[..., Any]) -> None:
+    import torch
+
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    layer = make_layer(SHAPES["9B"])
+    fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+    x = torch.randn(5, 4096, device="cuda", dtype=torch.bfloat16)
+    before = fused.apply(x)
+    layer.in_proj_ba.weight.data.mul_(2)
+    assert torch.equal(fused.apply(x)[:, 12288:], before[:, 12288:] * 2)
+    assert fused.why_broken(x) is None
+    layer.in_proj_ba.weight.data = layer.in_proj_ba.weight.data.clone()
+    assert fused.why_broken(x) is not None

@@ -1,0 +1,341 @@
+"""The command line, run in this process on the stand-in host of conftest.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import vllm_gdn_plugin
+from vllm_gdn_plugin.check import GROUP, NAME
+from vllm_gdn_plugin.cli import main
+from vllm_gdn_plugin.contract import GDN_CLASSES
+from vllm_gdn_plugin.settings import describe
+from vllm_gdn_plugin.versions import SUPPORTED_RANGE
+
+GDN, OLD_GDN = GDN_CLASSES
+
+
+def dist_info(root: Path, distribution: str, **points: str) -> None:
+    """What pip leaves of a distribution: enough for ``importlib.metadata`` to find its entry points."""
+    folder = root / f"{distribution}-0.1.0.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1.0\n")
+    lines = "".join(f"{name} = {value}\n" for name, value in points.items())
+    (folder / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}" if lines else "")
+
+
+@pytest.fixture
+def installed(host: Any) -> Any:
+    """The host, and the plugin and another one installed beside it, whatever this environment has."""
+    dist_info(host.root, "vllm_gdn_plugin", **{NAME: "vllm_gdn_plugin:register"})
+    dist_info(host.root, "another_plugin", another="another:register")
+    return host
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """(exit status, stdout, stderr) of ``vllm-gdn-plugin ARGUMENTS``."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = main(arguments)
+        except SystemExit as stop:
+            code = stop.code  # type: ignore[assignment]
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def report(run: Any) -> Any:
+    """(exit status, JSON) of ``check --json ARGUMENTS``."""
+
+    def report(*arguments: str) -> tuple[int, dict[str, Any]]:
+        code, out, _ = run("check", "--json", *arguments)
+        return code, json.loads(out)
+
+    return report
+
+
+def test_all_well(installed: Any, report: Any, run: Any) -> None:
+    code, found = report()
+    assert (code, found["status"]) == (0, "active")
+    assert found["strategy"] != "serial"
+    assert found["reason"]
+    expected = {
+        "plugin_version": vllm_gdn_plugin.__version__,
+        "supported_range": SUPPORTED_RANGE,
+        "vllm_version": "0.32.0",
+        "torch_version": "2.13.0+stub",
+        "platform": "cuda",
+        "device": "Stub Device",
+        "entry_point": "vllm_gdn_plugin = vllm_gdn_plugin:register",
+        "vllm_plugins": "not set: every plugin is loaded",
+        "warnings": [],
+    }
+    assert {name: found[name] for name in expected} == expected
+    code, text, errors = run("check")
+    assert (code, errors) == (0, "")
+    for value in expected.values():
+        assert not value or str(value) in text
+
+
+CASES = {
+    "all well": (lambda tree: None, 0, "active"),
+    "an old layout": (lambda tree: tree.make_old(), 0, "active"),
+    "an old version": (lambda tree: tree.version("0.19.1"), 1, "refused"),
+    "a new version": (lambda tree: tree.version("0.34.0"), 1, "refused"),
+    "cpu": (lambda tree: tree.platform("cpu"), 1, "serial"),
+    "rocm": (lambda tree: tree.platform("rocm"), 1, "serial"),
+    "xpu": (lambda tree: tree.platform("xpu"), 1, "serial"),
+    "an out-of-tree platform": (lambda tree: tree.platform("npu"), 1, "serial"),
+    "another layer": (lambda tree: tree.edit(GDN, ("in_proj_ba", "in_proj_gates")), 1, "refused"),
+    "overlap of its own": (
+        lambda tree: tree.edit(GDN, ("self.prefix = prefix", "self.aux_stream = self.prefix = prefix")),
+        1,
+        "refused",
+    ),
+    "a helper gone": (lambda tree: tree.remove("vllm.utils.multi_stream_utils"), 1, "refused"),
+}
+
+
+@pytest.mark.parametrize(("change", "code", "status"), CASES.values(), ids=CASES)
+def test_check_foretells_what_register_does(
+    installed: Any, plugin: Any, report: Any, change: Any, code: int, status: str
+) -> None:
+    change(installed)
+    assert [(c, r["status"]) for c, r in [report()]] == [(code, status)]
+    plugin.register()
+    stock = plugin.import_gdn(OLD_GDN if installed.path(OLD_GDN).exists() else GDN)
+    assert bool(plugin.replaced) == (code == 0) == (type(stock()) is not stock)
+
+
+def test_the_platform_is_reported_by_its_name(installed: Any, report: Any) -> None:
+    installed.platform("npu")
+    assert report()[1]["platform"] == "npu"
+
+
+class NoVllm(MetaPathFinder):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] == "vllm":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+@pytest.mark.parametrize("options", [(), ("--require", "dual_stream")], ids=["", "require"])
+def test_without_vllm_it_cannot_tell(isolated: None, report: Any, run: Any, options: tuple[str, ...]) -> None:
+    sys.meta_path.insert(0, NoVllm())
+    code, found = report(*options)
+    assert (code, found["status"], found["strategy"]) == (2, "unknown", "serial")
+    assert found["reason"] == "vLLM cannot be imported: ModuleNotFoundError: No module named 'vllm'"
+    code, out, errors = run("check", *options)
+    assert (code, errors) == (2, "")
+    assert [line for line in out.splitlines() if "cannot be imported" in line] == [f"{'reason':<15}  {found['reason']}"]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "told"),
+    [
+        ("vllm", "raise ImportError('libcudart.so.12: cannot open')", "ImportError: libcudart.so.12: cannot open"),
+        ("vllm", "raise RuntimeError('torch is too old')", "RuntimeError: torch is too old"),
+        ("vllm", "x = (", "SyntaxError"),
+        ("vllm", "", "__version__"),
+        ("vllm.platforms", "raise OSError('no driver')", "vLLM cannot tell its platform: OSError: no driver"),
+    ],
+    ids=["ImportError", "RuntimeError", "SyntaxError", "no version", "no platform"],
+)
+def test_a_broken_vllm_is_named_without_a_traceback(
+    installed: Any, run: Any, module: str, source: str, told: str
+) -> None:
+    installed.write(module, source)
+    code, out, errors = run("check")
+    assert (code, errors) == (2, "")
+    (reason,) = (line for line in out.splitlines() if line.startswith("reason "))
+    assert told in reason
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize(
+    ("plugins", "code", "status", "warned"),
+    [
+        (None, 0, "active", []),
+        ("vllm_gdn_plugin", 0, "active", []),
+        ("another,vllm_gdn_plugin", 0, "active", []),
+        ("", 1, "disabled", []),
+        ("another", 1, "disabled", []),
+        ("vllm-gdn-plugin", 1, "disabled", ["'vllm-gdn-plugin'"]),
+        ("vllm_gdn_plugin,anothr", 0, "active", ["'anothr'"]),
+    ],
+)
+def test_what_vllm_plugins_means_for_us(
+    installed: Any,
+    report: Any,
+    plugins: str | None,
+    code: int,
+    status: str,
+    warned: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    found_code, found = report()
+    assert (found_code, found["status"]) == (code, status)
+    assert found["vllm_plugins"] == ("not set: every plugin is loaded" if plugins is None else repr(plugins))
+    assert len(found["warnings"]) == len(warned)
+    assert all(name in warning for name, warning in zip(warned, found["warnings"], strict=True))
+    if status == "disabled":
+        assert f"VLLM_PLUGINS={plugins!r} leaves vllm_gdn_plugin out" in found["reason"]
+        assert "VLLM_PLUGINS" in found["what_to_do"]
+
+
+def test_a_plugin_that_vllm_does_not_see_is_no_plugin(host: Any, report: Any) -> None:
+    dist_info(host.root, "vllm_gdn_plugin")  # hides the one that is installed here
+    code, found = report()
+    assert (code, found["status"], found["entry_point"]) == (1, "disabled", None)
+    assert f"no entry point {NAME} in {GROUP}" in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "required", "code", "status"),
+    [
+        ("dual_stream", "dual_stream", 0, "active"),
+        ("fused", "fused", 0, "active"),
+        ("serial", "serial", 0, "active"),
+        ("fused", "dual_stream", 1, "refused"),
+        ("dual_stream", "serial", 1, "refused"),
+        ("serial", "dual_stream", 1, "serial"),
+    ],
+)
+def test_require(
+    installed: Any,
+    report: Any,
+    strategy: str,
+    required: str,
+    code: int,
+    status: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", strategy)
+    found_code, found = report("--require", required)
+    assert (found_code, found["status"], found["strategy"]) == (code, status, strategy)
+    assert code == 0 or f"{required} is required but the strategy will be {strategy}" in found["reason"]
+
+
+def test_a_setting_that_cannot_be_read_is_a_warning(
+    installed: Any, report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "many")
+    code, found = report()
+    assert code == 0
+    assert [w.partition("=")[0] for w in found["warnings"]] == ["VLLM_GDN_PLUGIN_MAX_TOKENS"]
+
+
+@pytest.mark.parametrize(
+    ("version", "allow", "code"),
+    [
+        ("0.20.0", "0", 0),
+        ("0.33.0+cu130", "0", 0),
+        ("0.19.1", "1", 1),
+        ("0.34.0", "0", 1),
+        ("0.34.0", "1", 0),
+        ("dev", "0", 1),
+        ("", "0", 1),
+    ],
+)
+def test_a_version_that_is_not_installed(
+    report: Any, isolated: None, version: str, allow: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_ALLOW_UNTESTED", allow)
+    found_code, found = report("--vllm-version", version)
+    assert (found_code, found["status"]) == (code, "refused" if code else "active")
+    assert f"vLLM {version}" in found["reason"]
+    assert found["vllm_version"] == version
+    assert "vllm" not in sys.modules
+
+
+def test_sources_that_are_not_installed(tree: Any, report: Any, isolated: None) -> None:
+    for path in (tree.root, tree.package, tree.wheel()):
+        code, found = report("--vllm-source", str(path))
+        assert (code, found["status"], found["contract"]) == (0, "active", found["reason"])
+        assert found["vllm_version"] is None
+        assert report("--vllm-source", str(path), "--vllm-version", "0.19.1")[0] == 1
+    tree.edit(GDN, ("in_proj_ba", "in_proj_gates"))
+    for path in (tree.root, tree.package, tree.wheel()):
+        code, found = report("--vllm-source", str(path), "--vllm-version", "0.33.0")
+        assert (code, found["status"]) == (1, "refused")
+        assert "in_proj_ba" in found["reason"]
+        assert "0.33.0" not in found["reason"], "only what does not hold is a reason"
+    assert "vllm" not in sys.modules
+
+
+def empty_wheel(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("other/envs.py", "")
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda path: None, "there is no "),
+        (lambda path: path.write_text("text"), "is a file but not a wheel"),
+        (lambda path: path.mkdir(), "holds no vLLM"),
+        (empty_wheel, "holds no vLLM"),
+    ],
+    ids=["missing", "no wheel", "a directory without vLLM", "a wheel without vLLM"],
+)
+def test_a_path_that_holds_no_sources(tmp_path: Path, run: Any, make: Any, told: str) -> None:
+    path = tmp_path / "given"
+    make(path)
+    code, out, errors = run("check", "--vllm-source", str(path))
+    assert (code, out) == (2, "")
+    assert errors.count("\n") == 1
+    assert str(path) in errors
+    assert told in errors
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("serve",),
+        ("check", "--fast"),
+        ("check", "extra"),
+        ("check", "--require", "auto"),
+        ("check", "--vllm-version"),
+    ],
+    ids=" ".join,
+)
+def test_arguments_that_are_not_known(run: Any, arguments: tuple[str, ...]) -> None:
+    code, out, errors = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "usage: vllm-gdn-plugin" in errors
+
+
+def test_help_and_version(run: Any) -> None:
+    code, text, _ = run("check", "--help")
+    assert code == 0
+    for name, default, _help in describe():
+        assert f"{name} (default {default})" in text
+    for part in ("VLLM_PLUGINS", "\n  0  ", "\n  1  ", "\n  2  ", "--json", "--require", "--vllm-source"):
+        assert part in text
+    assert run("--version") == (0, f"vllm-gdn-plugin {vllm_gdn_plugin.__version__}\n", "")
+
+
+def test_python_dash_m(installed: Any) -> None:
+    search = os.pathsep.join([str(installed.root), str(Path(vllm_gdn_plugin.__file__).parents[1])])
+    result = subprocess.run(
+        [sys.executable, "-m", "vllm_gdn_plugin", "check", "--json"],
+        env=os.environ | {"PYTHONPATH": search},
+        cwd=installed.root,
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["torch_version"] == "2.13.0+stub"

@@ -1,0 +1,228 @@
+"""Each edit below is something that an upstream change could do. What the plugin relies on must be missed by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_gdn_plugin.check import open_source
+from vllm_gdn_plugin.contract import GDN_CLASSES, HELPERS, check_contract
+
+GDN, OLD_GDN = GDN_CLASSES
+CLASS = GDN_CLASSES[GDN]
+
+SIZE = "        num_tokens = hidden_states.size(0)\n"
+QKVZ = "        mixed_qkvz, _ = self.in_proj_qkvz(hidden_states)\n"
+BA = "        ba, _ = self.in_proj_ba(hidden_states)\n"
+CPU_BA = "        gates, _ = self.in_proj_ba(hidden_states)\n"
+FORWARD = "def forward_cuda(self, hidden_states):"
+HELPER = "        return mixed_qkvz, self.prefix\n"
+
+
+def after(line: str, *added: str) -> list[tuple[str, str]]:
+    return [(line, line + "".join(f"        {text}\n" for text in added))]
+
+
+def instead_of(line: str, *lines: str) -> list[tuple[str, str]]:
+    return [(line, "".join(f"        {text}\n" for text in lines))]
+
+
+def test_the_stub_as_it_is_passes(tree: Any) -> None:
+    contract = check_contract(tree.package)
+    assert contract.holds
+    assert (contract.module, contract.class_name) == (GDN, CLASS)
+    assert contract.reason == f"{GDN}.{CLASS} is as the plugin expects it"
+
+
+def test_the_old_location_signature_and_lora_branch_pass(tree: Any) -> None:
+    tree.make_old()
+    contract = check_contract(tree.package)
+    assert (contract.module, contract.class_name, contract.breaches) == (OLD_GDN, GDN_CLASSES[OLD_GDN], ())
+
+
+ACCEPTED = {
+    "no forward_cpu, as in 0.20": [("def forward_cpu(", "def forward_native(")],
+    "forward chooses, not __init__": [
+        ("self._forward_method = self.forward_cuda", "pass"),
+        ("return self._forward_method(hidden_states)", "return self.forward_cuda(hidden_states)"),
+    ],
+    "one call in each branch": instead_of(
+        BA, "if self.prefix:", f"    {BA.strip()}", "else:", f"    {BA.strip()}", "    ba = ba + 1"
+    ),
+    "calls below with": instead_of(BA, "with self.prefix:", f"    {BA.strip()}"),
+    "an early end after both calls": after(BA, "if self.fused_decode:", "    raise ValueError"),
+    "annotations and a default": [(FORWARD, "def forward_cuda(self, hidden_states: list, output: list = ()) -> list:")],
+    "a helper that knows nothing of the projections": after(BA, "ba = self.split_qkvz(ba)"),
+}
+
+
+@pytest.mark.parametrize("edits", ACCEPTED.values(), ids=ACCEPTED)
+def test_what_real_releases_vary_is_accepted(tree: Any, edits: list[tuple[str, str]]) -> None:
+    tree.edit(GDN, *edits)
+    assert check_contract(tree.package).breaches == ()
+
+
+BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
+    # how often the projections are called
+    "a second call": (after(BA, "ba, _ = self.in_proj_ba(hidden_states)"), "in_proj_ba(hidden_states) is called 2"),
+    "a call too few": ([(QKVZ, "        mixed_qkvz = 1\n")], "in_proj_qkvz(hidden_states) is called 0"),
+    "a call in a loop": (instead_of(BA, "for _ in range(2):", f"    {BA.strip()}"), "self.in_proj_ba(hidden_states)"),
+    "a call in while": (instead_of(BA, "while not ba:", f"    {BA.strip()}"), "self.in_proj_ba(hidden_states)"),
+    "a call in try": (
+        instead_of(BA, "try:", f"    {BA.strip()}", "finally:", "    pass"),
+        "self.in_proj_ba(hidden_states)",
+    ),
+    "a call in a lambda": (instead_of(BA, "ba = lambda: self.in_proj_ba(hidden_states)"), "in_proj_ba(hidden_states)"),
+    "a call in a nested function": (
+        instead_of(BA, "def ba():", "    return self.in_proj_ba(hidden_states)"),
+        "self.in_proj_ba(hidden_states)",
+    ),
+    "a call in a conditional expression": (
+        instead_of(BA, "ba, _ = self.in_proj_ba(hidden_states) if num_tokens else (0, 0)"),
+        "self.in_proj_ba(hidden_states)",
+    ),
+    "a call behind or": (instead_of(BA, "ba = mixed_qkvz or self.in_proj_ba(hidden_states)"), "in_proj_ba"),
+    "a call in one branch": (instead_of(BA, "if num_tokens:", f"    {BA.strip()}"), "is called 0 or 1 times"),
+    "an early return before it": (after(QKVZ, "if not num_tokens:", "    return None"), "in_proj_ba(hidden_states) is"),
+    "an early raise before both": (after(SIZE, "if not num_tokens:", "    raise ValueError"), "in_proj_qkvz(hidden_s"),
+    "forward_cpu calls twice": ([(CPU_BA, CPU_BA * 2)], "forward_cpu: self.in_proj_ba(hidden_states) is called 2"),
+    # what else is done with them
+    "an argument more": ([(BA, "        ba, _ = self.in_proj_ba(hidden_states, None)\n")], "uses in_proj_ba for"),
+    "another argument": (after(BA, "self.in_proj_ba(mixed_qkvz)"), "uses in_proj_ba for something other"),
+    "a weight is read": (after(BA, "dtype = self.in_proj_ba.weight.dtype"), "uses in_proj_ba for something other"),
+    "a projection gets a second name": (after(BA, "project = self.in_proj_qkvz"), "uses in_proj_qkvz for something"),
+    "a projection is replaced": (after(SIZE, "self.in_proj_ba = None"), "uses in_proj_ba for something other"),
+    "a renamed projection": ([("in_proj_ba", "in_proj_gates")], "self.in_proj_ba(hidden_states) is called 0 times"),
+    "a helper calls a projection": (
+        [(HELPER, f"        self.in_proj_ba(mixed_qkvz)\n{HELPER}")],
+        "it calls split_qkvz, which uses the projections itself",
+    ),
+    "a helper's helper reads a weight": (
+        [
+            ('return ("stock", core, z)', "return self.rest(core)"),
+            ("    def split_qkvz", "    def rest(self, core):\n        self.in_proj_qkvz.weight\n\n    def split_qkvz"),
+        ],
+        "it calls rest, which uses the projections itself",
+    ),
+    # what else is done with hidden_states
+    "arithmetic": (after(BA, "rest = hidden_states * 2"), "uses hidden_states for more than its size, dtype and dev"),
+    "rebinding": (after(SIZE, "hidden_states = num_tokens"), "uses hidden_states for more than"),
+    "in-place arithmetic": (after(SIZE, "hidden_states += 1"), "uses hidden_states for more than"),
+    "an alias": (after(SIZE, "x = hidden_states"), "uses hidden_states for more than"),
+    "given to a helper": (after(BA, "self.split_qkvz(hidden_states)"), "uses hidden_states for more than"),
+    "given to a function by name": (after(BA, "print(x=hidden_states)"), "uses hidden_states for more than"),
+    "another method": (after(BA, "hidden_states.contiguous()"), "uses hidden_states for more than"),
+    "an item": (after(BA, "first = hidden_states[0]"), "uses hidden_states for more than"),
+    "closed over": (after(BA, "rest = lambda: hidden_states"), "uses hidden_states for more than"),
+    "returned": ([("return self._output_projection([num_t", "return hidden_states, ([num_t")], "uses hidden_states"),
+    # signatures, methods and the class
+    "a further argument": ([(FORWARD, "def forward_cuda(self, hidden_states, output, extra):")], "output, extra)"),
+    "a renamed argument": ([(FORWARD, "def forward_cuda(self, x):")], "forward_cuda: its arguments are (self, x)"),
+    "a keyword-only argument": ([(FORWARD, "def forward_cuda(self, hidden_states, *, out=None):")], "*, out=None)"),
+    "star arguments": ([(FORWARD, "def forward_cuda(self, hidden_states, *args):")], "(self, hidden_states, *args)"),
+    "keyword arguments": ([(FORWARD, "def forward_cuda(self, hidden_states, **kw):")], "hidden_states, **kw)"),
+    "forward_cuda renamed": ([("forward_cuda(self, hidden", "forward_gpu(self, hidden")], "has no method forward_cuda"),
+    "forward_cuda is async": ([(FORWARD, f"async {FORWARD}")], f"{CLASS} has no method forward_cuda"),
+    "forward_cuda is not chosen": ([("= self.forward_cuda", "= self.forward_cpu")], "chooses forward_cuda"),
+    "the class is renamed": ([(f"class {CLASS}", f"class {CLASS}V2")], f"there is no class {CLASS} in {GDN}"),
+    "not a PluggableLayer": ([("@PluggableLayer.register(", "@CustomOp.register(")], "is not registered as a"),
+    "a syntax error": ([("class ChunkRule:", "class ChunkRule")], f"the source of {GDN} cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "named"), BROKEN.values(), ids=BROKEN)
+def test_a_change_of_the_layer_is_caught_and_named(tree: Any, edits: list[tuple[str, str]], named: str) -> None:
+    tree.edit(GDN, *edits)
+    contract = check_contract(tree.package)
+    assert not contract.holds
+    assert not contract.superseded
+    assert contract.reason.startswith("this vLLM is not as the plugin expects it: ")
+    assert named in contract.reason
+    assert "\n" not in contract.reason
+
+
+@pytest.mark.parametrize("source", [b"\xff\xfe\x00", b"\0", b"", b"x = (", b"# coding: nonsense\n", b"class A:\n"])
+def test_no_content_raises(tree: Any, source: bytes) -> None:
+    tree.write(GDN, source)
+    tree.write("vllm.logger", source)
+    contract = check_contract(tree.package)
+    assert GDN in contract.reason
+
+
+def test_every_breach_is_named_not_only_the_first(tree: Any) -> None:
+    tree.edit(GDN, *after(BA, "x = hidden_states"), ("@PluggableLayer.register(", "@register("), (CPU_BA, CPU_BA * 2))
+    tree.remove("vllm.envs")
+    assert len(check_contract(tree.package).breaches) == 4
+
+
+def test_no_gdn_module_at_all(tree: Any) -> None:
+    tree.remove(GDN)
+    contract = check_contract(tree.package)
+    assert (contract.module, contract.class_name) == (None, None)
+    assert f"no GDN layer found: there is neither {GDN} nor {OLD_GDN}" in contract.reason
+
+
+HELPER_NAMES = [(module, name) for module, names in HELPERS.items() for name in names]
+
+
+@pytest.mark.parametrize(("module", "name"), HELPER_NAMES, ids=[f"{m}.{n}" for m, n in HELPER_NAMES])
+def test_a_missing_helper_is_named(tree: Any, module: str, name: str) -> None:
+    last = name.rpartition(".")[2]
+    tree.edit(module, (last, f"renamed_{last}"))
+    assert check_contract(tree.package).breaches == (f"there is no {module}.{name}",)
+
+
+@pytest.mark.parametrize("broken", [None, "def f(:", b"\xff"], ids=["missing", "syntax error", "not UTF-8"])
+@pytest.mark.parametrize("module", HELPERS)
+def test_a_missing_helper_module_is_named(tree: Any, module: str, broken: str | bytes | None) -> None:
+    if broken is None:
+        tree.remove(module)
+    else:
+        tree.write(module, broken)
+    assert check_contract(tree.package).breaches == (f"there is no readable module {module}",)
+
+
+STREAM = "self.stream = aux_stream()"
+ITSELF: dict[str, list[tuple[str, str]]] = {
+    "aux_stream": after(BA, STREAM),
+    "aux_stream in __init__ only": [("self.fused_decode = False", STREAM)],
+    "maybe_execute_in_parallel": [
+        (QKVZ, ""),
+        *instead_of(
+            BA, "mixed_qkvz, ba = maybe_execute_in_parallel(self.in_proj_qkvz, self.in_proj_ba, hidden_states)"
+        ),
+    ],
+    "an op of its own": [
+        (QKVZ, ""),
+        *instead_of(BA, "mixed_qkvz, ba = torch.ops.vllm.gdn_in_proj(hidden_states, self.prefix)"),
+    ],
+    "a fused projection": [(BA, ""), ("in_proj_qkvz", "in_proj_qkvzba")],
+    "one in_proj": [
+        (BA, ""),
+        (CPU_BA, ""),
+        ("[self.in_proj_ba(", "[("),
+        ("        self.in_proj_ba = MergedColumnParallelLinear(2)\n", ""),
+        ("in_proj_qkvz", "in_proj"),
+    ],
+}
+
+
+@pytest.mark.parametrize("edits", ITSELF.values(), ids=ITSELF)
+def test_where_vllm_runs_them_together_itself_the_plugin_says_so(tree: Any, edits: list[tuple[str, str]]) -> None:
+    tree.edit(GDN, *edits)
+    contract = check_contract(tree.package)
+    assert contract.superseded
+    assert not contract.holds
+    assert "by itself: the plugin is not needed any more and stands down" in contract.reason
+
+
+@pytest.mark.parametrize(
+    "edits", [[], after(BA, "x = hidden_states"), after(BA, STREAM)], ids=["as is", "broken", "own"]
+)
+def test_a_wheel_gives_what_its_tree_gives(tree: Any, edits: list[tuple[str, str]]) -> None:
+    tree.edit(GDN, *edits)
+    from_tree = check_contract(tree.package)
+    assert check_contract(open_source(str(tree.wheel()))) == from_tree
+    assert check_contract(open_source(str(tree.root))) == from_tree
+    assert from_tree.holds == (not edits)

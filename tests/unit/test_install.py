@@ -1,0 +1,348 @@
+"""What register() does to a host, and what it never does. The host is the stand-in of conftest.py."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import subprocess
+import sys
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import vllm_gdn_plugin
+from vllm_gdn_plugin.contract import GDN_CLASSES
+from vllm_gdn_plugin.settings import Settings, variable
+
+GDN, OLD_GDN = GDN_CLASSES
+CLASS = GDN_CLASSES[GDN]
+STRICT = "VLLM_GDN_PLUGIN_STRICT"
+HIDDEN = SimpleNamespace(size=lambda i: 4, dtype="bfloat16", device="cuda:0", shape=(4, 8))
+
+
+def boom(*args: Any, **kwargs: Any) -> Any:
+    raise ZeroDivisionError("boom")
+
+
+def levels(plugin: Any) -> list[str]:
+    return [level for level, _ in plugin.said]
+
+
+def test_importing_the_package_imports_no_host() -> None:
+    command = "import sys, vllm_gdn_plugin.cli as c; print(sorted({'torch', 'vllm', 'numpy'} & set(sys.modules)))"
+    env = os.environ | {"PYTHONPATH": str(Path(vllm_gdn_plugin.__file__).parents[1])}
+    result = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", GDN_CLASSES)
+def test_the_class_is_replaced_when_the_host_imports_it_and_not_before(plugin: Any, module: str) -> None:
+    if module == OLD_GDN:
+        plugin.tree.make_old()
+    finders = list(sys.meta_path)
+    plugin.register()
+    plugin.register()
+    assert module not in sys.modules, "register() must not import the layer: others serve another model"
+    cuda = importlib.import_module("torch.cuda")
+    assert cuda.touched == [], "register() must not initialise CUDA: it runs before the host forks"
+
+    stock = plugin.import_gdn(module)
+    assert cuda.touched == ["get_device_capability"], "the stand-in counts what the host itself does"
+    assert list(plugin.replaced) == [GDN_CLASSES[module]]
+    layer = stock()
+    assert type(layer) is not stock
+    assert isinstance(layer, stock)
+    assert sys.meta_path == finders, "nothing is left behind in the import system"
+
+    plugin.register()
+    assert type(stock()) is type(layer)
+    assert sys.meta_path == finders
+    assert plugin.said == []
+
+
+def test_a_class_that_is_already_there_is_replaced_at_once(plugin: Any) -> None:
+    stock = plugin.import_gdn()
+    finders = list(sys.meta_path)
+    plugin.register()
+    assert type(stock()) is not stock
+    assert sys.meta_path == finders
+
+
+def test_the_hooked_module_is_as_without_the_hook(plugin: Any) -> None:
+    def looks(module: Any) -> dict[str, Any]:
+        spec = module.__spec__
+        assert spec.loader is module.__loader__
+        names = ("name", "origin", "cached", "submodule_search_locations", "has_location", "parent")
+        return {n: getattr(spec, n) for n in names} | {
+            "spec": type(spec),
+            "loader": (type(spec.loader), vars(spec.loader)),
+            "file": module.__file__,
+            "names": sorted(vars(module)),
+            "source": inspect.getsource(getattr(module, CLASS)),
+        }
+
+    without = looks(importlib.import_module(GDN))
+    del sys.modules[GDN]
+    plugin.register()
+    assert looks(importlib.import_module(GDN)) == without
+    assert plugin.replaced, "or the hook was not there"
+
+
+class FailingFinder(MetaPathFinder):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name == GDN:
+            raise OSError("the disk is gone")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["raise RuntimeError('host', 1)", "import vllm.nothing", "x = (", "import sys\nsys.exit(3)", None, FailingFinder],
+    ids=["raises", "ImportError", "SyntaxError", "SystemExit", "no module", "finder raises"],
+)
+def test_the_host_gets_its_own_errors(plugin: Any, source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if source is None:
+        plugin.tree.remove(GDN)
+    elif source is FailingFinder:
+        monkeypatch.setattr(sys, "meta_path", [FailingFinder(), *sys.meta_path])
+    else:
+        plugin.tree.write(GDN, source)
+
+    def error_of_the_import() -> tuple[type, Any]:
+        with pytest.raises(BaseException) as caught:  # noqa: PT011  whatever it is, it must be the same
+            importlib.import_module(GDN)
+        assert GDN not in sys.modules
+        return caught.type, caught.value.args
+
+    without = error_of_the_import()
+    plugin.register()
+    assert error_of_the_import() == without
+    assert levels(plugin) == []
+
+
+@pytest.mark.parametrize("version", ["0.19.1", "0.34.0", "dev"])
+def test_an_unsupported_version_is_left_alone(plugin: Any, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.tree.version(version)
+    finders, variables = list(sys.meta_path), dict(plugin.vllm("envs").environment_variables)
+    plugin.register()
+    plugin.register()
+    assert levels(plugin) == ["warning"]
+    assert f"vLLM {version}" in plugin.said[0][1]
+    assert sys.meta_path == finders
+    assert plugin.vllm("envs").environment_variables == variables
+    assert type(plugin.import_gdn()()).__name__ == CLASS
+
+    monkeypatch.setenv(STRICT, "1")
+    with pytest.raises(plugin.install.Refused, match=f"vLLM {version}.*{STRICT}=1"):
+        plugin.register()
+
+
+def test_a_newer_version_can_be_admitted(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.tree.version("0.34.0")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_ALLOW_UNTESTED", "1")
+    plugin.register()
+    plugin.import_gdn()
+    assert list(plugin.replaced) == [CLASS]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "platform", "told"),
+    [("serial", "cuda", "serial was asked for"), ("auto", "cpu", "platform cpu"), ("dual_stream", "rocm", "CUDA only")],
+)
+def test_serial_leaves_the_class_untouched(
+    plugin: Any, strategy: str, platform: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", strategy)
+    plugin.tree.platform(platform)
+    plugin.register()
+    stock = plugin.import_gdn()
+    assert plugin.replaced == {}
+    assert type(stock()) is stock
+    ((level, message),) = plugin.said
+    assert level == "info"
+    assert told in message
+
+
+@pytest.mark.parametrize(("strategy", "stops"), [("serial", False), ("auto", True)])
+def test_strict_stops_where_nothing_can_be_gained_unless_that_was_asked_for(
+    plugin: Any, strategy: str, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", strategy)
+    monkeypatch.setenv(STRICT, "1")
+    plugin.tree.platform("cpu")
+    plugin.register()
+    if stops:
+        with pytest.raises(plugin.install.Refused, match="platform cpu"):
+            plugin.import_gdn()
+    else:
+        plugin.import_gdn()
+    assert plugin.replaced == {}
+
+
+def test_another_plugin_keeps_its_class(plugin: Any) -> None:
+    class Theirs:
+        pass
+
+    plugin.replaced[CLASS] = Theirs
+    plugin.register()
+    plugin.import_gdn()
+    assert plugin.replaced == {CLASS: Theirs}
+    ((level, message),) = plugin.said
+    assert level == "warning"
+    for part in (f"{Theirs.__module__}.{Theirs.__qualname__} already replaces {CLASS}", "VLLM_PLUGINS"):
+        assert part in message
+
+
+def test_a_layer_that_changed_upstream_is_left_alone(plugin: Any) -> None:
+    plugin.tree.edit(GDN, ("in_proj_ba", "in_proj_gates"))
+    plugin.register()
+    stock = plugin.import_gdn()
+    assert type(stock()) is stock
+    assert levels(plugin) == ["warning"]
+    assert "in_proj_ba" in plugin.said[0][1]
+
+
+FAILING_STEPS = {
+    "the version": (lambda p, m: p.tree.edit("vllm", ("__version__", "version")), "AttributeError"),
+    "declare_variables": (lambda p, m: p.tree.edit("vllm.envs", ("environment_variables", "renamed")), "ImportError|"),
+    "when_imported": (lambda p, m: m.setattr(p.install.host, "when_imported", boom), "ZeroDivisionError: boom"),
+    "check_contract": (lambda p, m: m.setattr(p.install, "check_contract", boom), "ZeroDivisionError: boom"),
+    "the platform": (
+        lambda p, m: p.tree.edit("vllm.platforms", ('return self.device_name == "cuda"', "raise OSError('driver')")),
+        "OSError: driver",
+    ),
+    "op_registry_oot": (
+        lambda p, m: m.delattr(p.vllm("model_executor.custom_op"), "op_registry_oot"),
+        "ImportError: cannot import name 'op_registry_oot'",
+    ),
+    "the layer module": (lambda p, m: m.setitem(sys.modules, "vllm_gdn_plugin.layer", None), "ModuleNotFoundError"),
+    "make_layer_class": (lambda p, m: m.setattr(p.layer, "make_layer_class", boom), "ZeroDivisionError: boom"),
+    "replace": (
+        lambda p, m: m.setattr(p.vllm("model_executor.custom_op").PluggableLayer, "register_oot", boom),
+        "ZeroDivisionError: boom",
+    ),
+}
+"""A step of ours and how it fails. ``|`` ends an alternative: the host may fail in more than one way."""
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize(("fail", "told"), FAILING_STEPS.values(), ids=FAILING_STEPS)
+def test_whatever_fails_ends_in_one_line(
+    plugin: Any, fail: Any, told: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail(plugin, monkeypatch)
+    monkeypatch.setenv(STRICT, str(int(strict)))
+    if strict:
+        with pytest.raises(plugin.install.Refused, match=f"{STRICT}=1") as caught:
+            plugin.register(), plugin.import_gdn()
+        assert caught.value.__cause__ is not None
+    else:
+        plugin.register()
+        plugin.register()
+        stock = plugin.import_gdn()
+        if hasattr(plugin.vllm("model_executor.custom_op"), "op_registry_oot"):
+            assert type(stock()) is stock
+    ((level, message),) = plugin.said
+    assert level == ("error" if strict else "warning")
+    assert told.rstrip("|") in message or told.endswith("|")
+    assert f"vllm-gdn-plugin {vllm_gdn_plugin.__version__}: " in message
+    assert "unexpected " in message
+
+
+def test_a_layer_that_cannot_be_planned_stays_serial(plugin: Any) -> None:
+    plugin.tree.edit("vllm.config", ("return config", "raise LookupError('no config')"))
+    plugin.register()
+    layers = [plugin.import_gdn()() for _ in range(2)]
+    assert [layer.gdn_strategy for layer in layers] == ["serial", "serial"]
+    ((level, message),) = plugin.said
+    assert (level, "LookupError: no config" in message) == ("warning", True)
+    assert layers[0].forward(HIDDEN)[0] == "stock"
+
+
+def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "dual_stream")
+    plugin.register()
+    layers = [plugin.import_gdn()() for _ in range(3)]
+    assert [layer.gdn_strategy for layer in layers] == ["dual_stream"] * 3
+    assert plugin.said == [], "until then a loader can still change a layer"
+    for layer in layers:
+        layer.quant_method.process_weights_after_loading(layer)
+    ((level, message),) = plugin.said
+    assert level == "info"
+    for part in ("dual_stream on 3 of 3 GDN layers", "platform cuda", "vLLM 0.32.0"):
+        assert part in message
+    assert "dual_stream" in plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_a_rule_that_a_layer_breaks_is_said_once(plugin: Any, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.tree.edit("vllm.config", ("lora_config=None", "lora_config=1"))
+    monkeypatch.setenv(STRICT, str(int(strict)))
+    plugin.register()
+    stock = plugin.import_gdn()
+    if strict:
+        with pytest.raises(plugin.install.Refused, match="LoRA is enabled"):
+            stock()
+    else:
+        assert [stock().gdn_strategy for _ in range(2)] == ["serial", "serial"]
+    ((level, message),) = plugin.said
+    assert level == ("error" if strict else "warning")
+    assert "LoRA is enabled" in message
+
+
+def test_settings_that_cannot_be_read_are_named_once_and_the_rest_goes_on(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "fastest")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "-1")
+    plugin.register()
+    plugin.register()
+    plugin.import_gdn()
+    assert levels(plugin) == ["warning", "warning"]
+    assert [name for name in ("STRATEGY", "MAX_TOKENS") if any(name in text for _, text in plugin.said)] == [
+        "STRATEGY",
+        "MAX_TOKENS",
+    ]
+    assert list(plugin.replaced) == [CLASS]
+
+
+def test_one_process_speaks_for_all(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.tree.version("0.19.1")
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    plugin.register()
+    assert plugin.said == []
+
+
+def test_one_rank_speaks_for_all(plugin: Any) -> None:
+    plugin.tree.edit("vllm.distributed.parallel_state", ("FIRST = True", "FIRST = False"))
+    plugin.tree.edit(GDN, ("in_proj_ba", "in_proj_gates"))
+    plugin.register()
+    stock = plugin.import_gdn()
+    assert type(stock()) is stock
+    assert plugin.said == []
+
+
+def test_every_setting_and_the_plugin_itself_are_part_of_the_compile_cache_key(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key(**settings: str) -> dict[str, Any]:
+        for name in vars(Settings()):
+            monkeypatch.delenv(variable(name), raising=False)
+        for name, text in settings.items():
+            monkeypatch.setenv(variable(name), text)
+        plugin.register()
+        factors: dict[str, Any] = plugin.vllm("envs").compile_factors()
+        return factors
+
+    bare = key()
+    assert set(bare) == {"VLLM_OWN", "VLLM_GDN_PLUGIN", *map(variable, vars(Settings()))}
+    assert vllm_gdn_plugin.__version__ in bare["VLLM_GDN_PLUGIN"]
+    others = {"strategy": "dual_stream", "max_tokens": "7", "allow_untested": "1", "strict": "1"}
+    assert others.keys() == vars(Settings()).keys()
+    for name, text in others.items():
+        assert [n for n, value in key(**{name: text}).items() if value != bare[n]] == [variable(name)]

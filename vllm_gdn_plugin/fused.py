@@ -1,0 +1,81 @@
+"""One storage behind both projections' weights, so that one GEMM gives both results."""
+
+from typing import Any
+
+import torch
+
+ROW_ALIGNMENT = 16
+"""Output rows are padded to a multiple of this many elements: the consumers' Triton kernels load vectors only where
+the row stride is divisible by 16."""
+
+
+class FusedProjections:
+    """Stands in for one linear layer whose weight holds ``in_proj_qkvz`` above ``in_proj_ba``.
+
+    Both parameters keep their objects, shapes and loaders; their data become row blocks of one storage, so that
+    whatever is written into them (a loader, a reload, a refit) is what the one GEMM reads.
+
+    Args:
+        qkvz, ba: vLLM's linear layers, unquantised, with weights (out, in) of one dtype and device.
+    """
+
+    def __init__(self, qkvz: Any, ba: Any) -> None:
+        self.qkvz, self.ba = qkvz, ba
+        self.sizes = (qkvz.weight.shape[0], ba.weight.shape[0])
+        rows = -sum(self.sizes) % ROW_ALIGNMENT + sum(self.sizes)
+        self.padding = rows - sum(self.sizes)
+        weight = qkvz.weight
+        storage = torch.zeros((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+        blocks = storage.split([*self.sizes, self.padding])
+        for linear, block in zip((qkvz, ba), blocks, strict=False):
+            block.copy_(linear.weight.data)
+            linear.weight.data = block
+        self.weight = torch.nn.Parameter(storage, requires_grad=False)
+        self._where = tuple((block.data_ptr(), block.shape) for block in blocks[:2])
+        self._packed: tuple[Any, Any] | None = None
+        self._loaded = False
+        self.broken = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.qkvz, name)
+
+    def is_loaded(self) -> bool:
+        """Called when the loader is done: let the linear method do to the one weight what it does to every weight
+        (the CPU packs it), or answer False where the loader did not write into it. A reload comes here again."""
+        if self._loaded:
+            return True
+        if not self._is_in_place():
+            return False
+        self.qkvz.quant_method.process_weights_after_loading(self)
+        self._loaded = True
+        return True
+
+    def why_broken(self, hidden_states: torch.Tensor) -> str | None:
+        """Why the one weight no longer stands for both, or None. Asked before every GEMM; no kernel is launched."""
+        if self._is_in_place() or (self.qkvz.weight.numel() == 0 and self._is_as_packed(hidden_states)):
+            return None
+        return "the weight of in_proj_qkvz or in_proj_ba was replaced or moved after loading"
+
+    def apply(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Both projections of ``hidden_states`` (num_tokens, hidden_size): (num_tokens, qkvz + ba + padding)."""
+        return self.qkvz.quant_method.apply(self, hidden_states)  # type: ignore[no-any-return]
+
+    def apply_serially(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What :meth:`apply` gives, from the two projections themselves: always right, never fast."""
+        qkvz, ba = self.qkvz(hidden_states)[0], self.ba(hidden_states)[0]
+        return torch.cat([qkvz, ba, ba.new_zeros((ba.shape[0], self.padding))], dim=-1)
+
+    def _is_in_place(self) -> bool:
+        weights = (self.qkvz.weight, self.ba.weight)
+        return all((w.data_ptr(), w.shape) == where for w, where in zip(weights, self._where, strict=True))
+
+    def _is_as_packed(self, hidden_states: torch.Tensor) -> bool:
+        """Whether both hold the packed weights (vLLM's ``cpu_linear``) they had at first use.
+
+        Packing drops the weight, so the first use compares the results once; from then on the objects count.
+        """
+        now = (getattr(self.qkvz, "cpu_linear", None), getattr(self.ba, "cpu_linear", None))
+        if self._packed is None:
+            both, one_by_one = self.apply(hidden_states), self.apply_serially(hidden_states)
+            self._packed = now if torch.allclose(both, one_by_one, rtol=0.05, atol=0.05) else (None, None)
+        return all(one is other is not None for one, other in zip(now, self._packed, strict=True))
