@@ -76,8 +76,8 @@ def witness(scratch: Path) -> Callable[..., tuple[dict[str, str], Callable[[], l
 def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., dict[str, Any]]:
     """`run_generate(kind, env={...}, eager=True, tp=1)` generates with a fresh engine.
 
-    Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, and all
-    that the processes printed as `log`. `env` adds to `engine_env`, so it can also choose another
+    Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, all that
+    the processes printed as `log`, and the directories that vLLM added to its `compile_caches`. `env` adds to `engine_env`, so it can also choose another
     VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments. `fails`:
     the engine is expected to stop with an error.
     """
@@ -95,8 +95,11 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
         output.unlink(missing_ok=True)
         command = [sys.executable, str(script), str(models(kind)), str(output)]
         command += ["--tensor-parallel-size", str(tp)] + ([] if eager else ["--compiled"])
+        caches = scratch / "cache" / "torch_compile_cache"
+        before = set(caches.glob("*/*"))
         log = _run(command, engine_env(scratch, **_engine_settings(eager, tp) | dict(env or {})), fails)
-        return (json.loads(output.read_text()) if not fails else {}) | {"log": log}
+        new = {"log": log, "compile_caches": {cache.name for cache in set(caches.glob("*/*")) - before}}
+        return (json.loads(output.read_text()) if not fails else {}) | new
 
     return generate
 

@@ -17,11 +17,14 @@ def processes(events: list[dict[str, Any]], event: str) -> set[str]:
     return {e["process"] for e in events if e["event"] == event}
 
 
-def test_tensor_parallel_size_2(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> None:
+def test_tensor_parallel_size_2(run_generate: Callable[..., Any], witness: Callable[..., Any], tmp_path: Path) -> None:
     """Same tokens; every process loads plugins, and none imports the GDN module that would not without us."""
+    # A cache of its own for each, so that both start the process that inspects the model's class.
     stock_env, stock_events = witness()
+    stock_env["VLLM_CACHE_ROOT"] = str(tmp_path / "stock")
     stock = run_generate("qwen3_5", env=stock_env | SEPARATE | {"VLLM_PLUGINS": "witness"}, tp=2)
     env, events = witness()
+    env["VLLM_CACHE_ROOT"] = str(tmp_path / "plugin")
     got = run_generate("qwen3_5", env=env | SEPARATE | ON, tp=2)
     assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
 
@@ -56,8 +59,8 @@ def test_serving_over_http_switched_by_vllm_plugins(answer: Callable[..., Any]) 
     assert stock == other == ours
     assert "vllm-gdn-plugin" not in stock_log + other_log
     assert not processes(events, "dual_stream op called")
-    assert processes(our_events, "plugins loaded") >= {"main", "EngineCore"}
-    assert processes(our_events, "dual_stream op called") == {"EngineCore"}
+    assert processes(our_events, "plugins loaded") >= {"main", "EngineCore", "VllmWorker"}
+    assert processes(our_events, "dual_stream op called") == {"VllmWorker"}
     lines = [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
     assert len(lines) == 1
     assert "dual_stream on 3 of 3 GDN layers (platform cpu, vLLM " in lines[0]

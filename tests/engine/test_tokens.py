@@ -48,3 +48,10 @@ def test_auto_leaves_the_cpu_alone(generated: Callable[..., Any]) -> None:
     lines = [line for line in auto["log"].splitlines() if "vllm-gdn-plugin" in line]
     assert len(lines) == 1
     assert "stock vLLM is left untouched: there is no second stream" in lines[0]
+
+
+def test_no_two_ways_share_a_compiled_artifact(generated: Callable[..., Any]) -> None:
+    """vLLM names the directory of an ahead-of-time artifact by its key: absent, present, another strategy."""
+    added = [generated("qwen3_5", strategy, False)["compile_caches"] for strategy in ("off", "dual_stream", "fused")]
+    assert all(added)
+    assert len(set.union(*added)) == sum(map(len, added))

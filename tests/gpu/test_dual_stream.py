@@ -181,12 +181,13 @@ def test_many_replays_with_other_work_on_the_auxiliary_stream(
             graph, outputs = capture(lambda x=x: op(layer, x))
             reference_graph, reference = capture(lambda x=x: serial(layer, x))
             reference_graph.replay()
-            graphs.append((graph, outputs, [t.clone() for t in reference]))
+            graphs.append((graph, outputs, [t.clone() for t in reference], x))  # x: what the graph reads
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)
-    other = torch.randn(512, 512, device="cuda")
     auxiliary = aux_stream()
+    with torch.cuda.stream(auxiliary):
+        other = torch.randn(512, 512, device="cuda")
     for step in range(REPLAYS):
-        graph, outputs, expected = rng.choice(graphs)
+        graph, outputs, expected, _ = rng.choice(graphs)
         outputs[1].fill_(float("nan"))
         with torch.cuda.stream(auxiliary):
             other = torch.tanh(other @ other)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_gdn_plugin.check import open_source
-from vllm_gdn_plugin.contract import GDN_CLASSES, HELPERS, check_contract
+from vllm_gdn_plugin.contract import GDN_CLASSES, HELPERS, UPSTREAM_OVERLAP, check_contract
 
 GDN, OLD_GDN = GDN_CLASSES
 CLASS = GDN_CLASSES[GDN]
@@ -93,6 +93,8 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
     "a weight is read": (after(BA, "dtype = self.in_proj_ba.weight.dtype"), "uses in_proj_ba for something other"),
     "a projection gets a second name": (after(BA, "project = self.in_proj_qkvz"), "uses in_proj_qkvz for something"),
     "a projection is replaced": (after(SIZE, "self.in_proj_ba = None"), "uses in_proj_ba for something other"),
+    "both renamed": ([("in_proj_", "project_")], "self.in_proj_qkvz(hidden_states) is called 0 times"),
+    "an in_proj besides": (after(BA, "self.in_proj(hidden_states)"), "uses hidden_states for more than"),
     "a renamed projection": ([("in_proj_ba", "in_proj_gates")], "self.in_proj_ba(hidden_states) is called 0 times"),
     "a helper calls a projection": (
         [(HELPER, f"        self.in_proj_ba(mixed_qkvz)\n{HELPER}")],
@@ -185,9 +187,9 @@ def test_a_missing_helper_module_is_named(tree: Any, module: str, broken: str | 
 
 STREAM = "self.stream = aux_stream()"
 ITSELF: dict[str, list[tuple[str, str]]] = {
-    "aux_stream": after(BA, STREAM),
+    **{name: after(BA, f"self.{name}(mixed_qkvz)") for name in UPSTREAM_OVERLAP},
     "aux_stream in __init__ only": [("self.fused_decode = False", STREAM)],
-    "maybe_execute_in_parallel": [
+    "two streams": [
         (QKVZ, ""),
         *instead_of(
             BA, "mixed_qkvz, ba = maybe_execute_in_parallel(self.in_proj_qkvz, self.in_proj_ba, hidden_states)"

@@ -37,5 +37,6 @@ def test_the_range_is_made_of_the_two_constants() -> None:
 @given(st.text() | st.from_regex(r"\A[v ]?\d+(\.\d+){0,3}(\.dev|rc|a|post|\+)?[\w.]*\Z"), st.booleans())
 def test_no_text_raises(found: str, allow: bool) -> None:
     verdict = judge_version(found, allow)
+    assert judge_version(found) == judge_version(found, allow_untested=False)
     assert verdict.standing in STANDINGS
     assert verdict.admitted == (verdict.standing == "supported" or (allow and verdict.standing != "older"))

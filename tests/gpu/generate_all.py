@@ -1,0 +1,69 @@
+"""Generate with one model in several ways, in one process: its kernels are tuned once.
+
+    python generate_all.py MODEL OUTPUT.json
+
+For stock vLLM and then for each strategy, with full and piecewise CUDA graphs and then eagerly.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+STRATEGIES = ("stock", "dual_stream", "fused")
+
+
+def main(model: str, output: Path) -> None:
+    os.environ |= {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    results = {}
+    for strategy in STRATEGIES:
+        if strategy != "stock":
+            install(strategy)
+        for mode in ("graphs", "eager"):
+            results[f"{strategy} {mode}"] = generate(model, eager=mode == "eager")
+    output.write_text(json.dumps(results))
+
+
+def install(strategy: str) -> None:
+    """Have the next engine built with `strategy`, whatever an earlier one was built with."""
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    import vllm_gdn_plugin
+    from vllm_gdn_plugin.contract import GDN_CLASSES
+
+    for name in GDN_CLASSES.values():
+        op_registry_oot.pop(name, None)
+    os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = strategy
+    vllm_gdn_plugin.register()
+
+
+def generate(model: str, eager: bool) -> Any:
+    """Tokens and log-probabilities of a few prompts, some of which share a prefix."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        model,
+        enforce_eager=eager,
+        max_model_len=1024,
+        max_num_seqs=8,
+        gpu_memory_utilization=0.1,
+        enable_prefix_caching=True,
+        attention_backend="FLASH_ATTN",
+        gdn_prefill_backend="triton",
+        skip_tokenizer_init=True,
+        seed=0,
+    )
+    lengths = (3, 17, 40, 600, 700)
+    prompts = [{"prompt_token_ids": [(7 * i + 3) % 256 for i in range(n)]} for n in lengths]
+    sampling = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False, logprobs=0)
+    rounds = [llm.generate(prompts, sampling, use_tqdm=False) for _ in range(2)]  # the second from the prefix cache
+    answers = [answer.outputs[0] for outputs in rounds for answer in outputs]
+    del llm
+    gc.collect()
+    return [[(t, lp[t].logprob) for t, lp in zip(a.token_ids, a.logprobs, strict=True)] for a in answers]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
