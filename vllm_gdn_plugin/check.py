@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
+from vllm_gdn_plugin.checkpoint import Unreadable, read_groups
 from vllm_gdn_plugin.contract import Contract, check_contract
 from vllm_gdn_plugin.decision import Decision, Status, decide
-from vllm_gdn_plugin.plan import SERIAL, platform_plan
+from vllm_gdn_plugin.plan import AUTO, SERIAL, platform_plan
 from vllm_gdn_plugin.settings import Settings, read_settings
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 
@@ -48,6 +49,8 @@ class Report:
     contract: str | None = None
     entry_point: str | None = None
     vllm_plugins: str | None = None
+    model: list[str] = field(default_factory=list)
+    """With ``--model``: one line for each group of layers that are alike."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -60,17 +63,19 @@ class Report:
             return replace(self, status="active")
         if self.status == "unknown":
             return self
-        return replace(
-            self,
-            status=self.status if self.status != "active" else "refused",
-            reason=f"{strategy} is required but the strategy will be {self.strategy}: {self.reason}",
-        )
+        if self.strategy == AUTO:
+            reason = f"{strategy} is required, and auto decides layer by layer: name the model with --model"
+        else:
+            reason = f"{strategy} is required but the strategy will be {self.strategy}: {self.reason}"
+        return replace(self, status=self.status if self.status != "active" else "refused", reason=reason)
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
 
     def as_text(self) -> str:
-        rows = [(name.replace("_", " "), value) for name, value in asdict(self).items() if value and name != "warnings"]
+        lists = ("model", "warnings")
+        rows = [(name.replace("_", " "), value) for name, value in asdict(self).items() if value and name not in lists]
+        rows += [("model", line) for line in self.model]
         rows += [("warning", warning) for warning in self.warnings]
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -114,6 +119,33 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
         vllm_plugins=plugins,
         warnings=warnings,
     )
+
+
+def with_model(report: Report, path: str, tensor_parallel_size: int) -> Report:
+    """The report with the plan for a model's layers, by its config.json.
+
+    Where this machine cannot say its platform (vLLM is not installed), the plan is for CUDA, and a warning says so.
+
+    Raises:
+        CannotTell: the model cannot be read, or has no GDN layers.
+    """
+    settings, _ = read_settings()
+    warnings = list(report.warnings)
+    if report.platform is None:
+        warnings.append("the platform is not known here: the plan for the model is the one for CUDA")
+    try:
+        groups = read_groups(path, tensor_parallel_size, report.platform or "cuda", settings.strategy)
+    except Unreadable as error:
+        raise CannotTell(str(error)) from None
+    report = replace(report, model=[str(group) for group in groups], warnings=warnings)
+    if report.status != "active":
+        return report
+    strategies = sorted({group.plan.strategy for group in groups})
+    if strategies == [SERIAL]:
+        return replace(
+            report, status="serial", strategy=SERIAL, reason=groups[0].plan.reason, what_to_do=ADVICE["serial"]
+        )
+    return replace(report, strategy="+".join(strategies), reason="by the model's config.json")
 
 
 def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report:

@@ -57,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="check the sources of this vLLM (source tree, site directory or wheel) instead; nothing is imported",
     )
+    command.add_argument("--model", metavar="PATH", help="a local model: also tell the plan for each of its GDN layers")
+    command.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="for --model (default 1)")
     return parser
 
 
@@ -68,6 +70,8 @@ def _check(options: argparse.Namespace) -> int:
             report = check.check_here()
         else:
             report = check.check_elsewhere(options.vllm_version, options.vllm_source)
+        if options.model is not None:
+            report = check.with_model(report, options.model, options.tensor_parallel_size)
     except check.CannotTell as error:
         print(f"vllm-gdn-plugin check: {error}", file=sys.stderr)
         return check.EXIT_UNKNOWN

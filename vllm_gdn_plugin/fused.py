@@ -58,7 +58,7 @@ class FusedProjections:
 
     def apply(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Both projections of ``hidden_states`` (num_tokens, hidden_size): (num_tokens, qkvz + ba + padding)."""
-        return self.qkvz.quant_method.apply(self, hidden_states)  # type: ignore[no-any-return]
+        return self.qkvz.quant_method.apply(self, hidden_states)
 
     def apply_serially(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What :meth:`apply` gives, from the two projections themselves: always right, never fast."""

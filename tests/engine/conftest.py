@@ -76,10 +76,10 @@ def witness(scratch: Path) -> Callable[..., tuple[dict[str, str], Callable[[], l
 def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., dict[str, Any]]:
     """`run_generate(kind, env={...}, eager=True, tp=1)` generates with a fresh engine.
 
-    Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, all that
-    the processes printed as `log`, and the directories that vLLM added to its `compile_caches`. `env` adds to `engine_env`, so it can also choose another
-    VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments. `fails`:
-    the engine is expected to stop with an error.
+    Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, all that the processes
+    printed as `log`, and the directories that vLLM added to its `compile_caches`. `env` adds to `engine_env`, so it
+    can also choose another VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments.
+    `fails`: the engine is expected to stop with an error.
     """
 
     def generate(

@@ -118,9 +118,10 @@ def test_check_foretells_what_register_does(
     assert bool(plugin.replaced) == (code == 0) == (type(stock()) is not stock)
 
 
-def test_the_platform_is_reported_by_its_name(installed: Any, report: Any) -> None:
-    installed.platform("npu")
-    assert report()[1]["platform"] == "npu"
+@pytest.mark.parametrize("name", ["cuda", "cpu", "npu"])
+def test_the_platform_is_reported_by_its_name(installed: Any, report: Any, name: str) -> None:
+    installed.platform(name)
+    assert report()[1]["platform"] == name
 
 
 class NoVllm(MetaPathFinder):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,6 +48,7 @@ def test_the_class_is_replaced_when_the_host_imports_it_and_not_before(plugin: A
     finders = list(sys.meta_path)
     plugin.register()
     plugin.register()
+    assert len(sys.meta_path) == len(finders) + 1, "a second call takes the place of the first"
     assert module not in sys.modules, "register() must not import the layer: others serve another model"
     cuda = importlib.import_module("torch.cuda")
     assert cuda.touched == [], "register() must not initialise CUDA: it runs before the host forks"
@@ -266,9 +267,11 @@ def test_a_layer_that_cannot_be_planned_stays_serial(plugin: Any) -> None:
 
 def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "dual_stream")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "7")
     plugin.register()
     layers = [plugin.import_gdn()() for _ in range(3)]
-    assert [layer.gdn_strategy for layer in layers] == ["dual_stream"] * 3
+    for layer in layers:
+        assert (layer.gdn_strategy, layer.gdn_max_tokens, layer.gdn_safe_pair) == ("dual_stream", 7, True)
     assert plugin.said == [], "until then a loader can still change a layer"
     for layer in layers:
         layer.quant_method.process_weights_after_loading(layer)
@@ -277,6 +280,29 @@ def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monk
     for part in ("dual_stream on 3 of 3 GDN layers", "platform cuda", "vLLM 0.32.0"):
         assert part in message
     assert "dual_stream" in plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"]
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(plugin: Any, in_place: bool) -> None:
+    plugin.tree.edit(
+        "vllm.model_executor.layers.linear",
+        ("class Merged", "class Weight:\n    device = 'cuda:0'\n\n\nclass Merged"),
+        ("        self.quant_method", "        self.weight = Weight()\n        self.quant_method"),
+    )
+    fused = ModuleType("vllm_gdn_plugin.fused")
+    fused.FusedProjections = lambda qkvz, ba: SimpleNamespace(  # type: ignore[attr-defined]
+        both=(qkvz, ba), padding=8, is_loaded=lambda: in_place
+    )
+    sys.modules[fused.__name__] = fused
+    plugin.register()
+    layer = plugin.import_gdn()()
+    assert (layer.gdn_strategy, layer.gdn_padding) == ("fused", 8)
+    assert layer.gdn_fused.both == (layer.in_proj_qkvz, layer.in_proj_ba)
+
+    layer.quant_method.process_weights_after_loading(layer)
+    ((level, message),) = plugin.said
+    assert (layer.gdn_strategy, level) == (("fused", "info") if in_place else ("serial", "warning"))
+    assert ("fused on 1 of 1 GDN layers" if in_place else "the loader replaced a weight") in message
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
@@ -341,7 +367,7 @@ def test_every_setting_and_the_plugin_itself_are_part_of_the_compile_cache_key(
 
     bare = key()
     assert set(bare) == {"VLLM_OWN", "VLLM_GDN_PLUGIN", *map(variable, vars(Settings()))}
-    assert vllm_gdn_plugin.__version__ in bare["VLLM_GDN_PLUGIN"]
+    assert bare["VLLM_GDN_PLUGIN"] == f"{vllm_gdn_plugin.__version__} stock"
     others = {"strategy": "dual_stream", "max_tokens": "7", "allow_untested": "1", "strict": "1"}
     assert others.keys() == vars(Settings()).keys()
     for name, text in others.items():

@@ -1,0 +1,103 @@
+"""What a checkpoint's config.json tells of its GDN layers, in the forms found in the wild."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_gdn_plugin.checkpoint import Unreadable, read_groups
+
+TEXT = {
+    "model_type": "qwen3_5_text",
+    "hidden_size": 4096,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_hidden_layers": 8,
+    "full_attention_interval": 4,
+    "dtype": "bfloat16",
+}
+GDN_LAYERS = (0, 1, 2, 4, 5, 6)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Any:
+    def write(quantization: dict[str, Any] | None = None) -> str:
+        config = {"model_type": "qwen3_5", "text_config": TEXT, "quantization_config": quantization or {}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return str(tmp_path)
+
+    return write
+
+
+def left_out(prefix: str) -> list[str]:
+    return [f"{prefix}.layers.{i}.linear_attn.{name}" for i in GDN_LAYERS for name in ("in_proj_b", "in_proj_a")]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "strategy", "reason"),
+    [
+        (None, "fused", "every condition"),
+        ({"quant_method": "fp8", "modules_to_not_convert": left_out("model.language_model")}, "dual_stream", "Fp8"),
+        ({"quant_method": "fp8", "ignored_layers": left_out("model")}, "dual_stream", "Fp8LinearMethod"),
+        ({"quant_method": "compressed-tensors", "ignore": ["re:.*in_proj_[ab]$"]}, "dual_stream", "CompressedTensors"),
+        ({"quant_method": "compressed-tensors", "ignore": ["re:.*linear_attn.*"]}, "fused", "every condition"),
+        ({"quant_method": "awq", "modules_to_not_convert": ["linear_attn"]}, "fused", "every condition"),
+        ({"quant_method": "modelopt", "exclude_modules": ["*in_proj_b*", "*in_proj_a*"]}, "dual_stream", "ModelOpt"),
+        ({"quant_method": "gptq", "dynamic": {"-:.*linear_attn.*": {}}}, "fused", "every condition"),
+        ({"quant_method": "auto-round", "extra_config": {"re:.*in_proj_[ab]": {"bits": 16}}}, "dual_stream", "INC"),
+        ({"quant_method": "gptq"}, "serial", "AutoGPTQLinearMethod and AutoGPTQLinearMethod are not known to be safe"),
+        ({"quant_method": "brand_new", "ignore": ["re:.*in_proj_[ab]$"]}, "serial", "the linear method of 'brand_new'"),
+        ({"quant_method": "compressed-tensors", "ignore": ["re:("]}, "serial", "not known to be safe"),
+    ],
+)
+def test_plan(model: Any, quantization: Any, strategy: str, reason: str) -> None:
+    (group,) = read_groups(model(quantization), 1, "cuda", "auto")
+    assert group.layers == GDN_LAYERS
+    assert group.plan.strategy == strategy
+    assert reason in group.plan.reason
+    assert "6 GDN layers (0-2, 4-6)" in str(group)
+
+
+def test_layers_that_differ_are_told_apart(model: Any) -> None:
+    quantization = {"quant_method": "fp8", "ignored_layers": ["model.layers.4.linear_attn"]}
+    groups = read_groups(model(quantization), 1, "cuda", "auto")
+    assert {group.layers: group.plan.strategy for group in groups} == {(0, 1, 2, 5, 6): "serial", (4,): "fused"}
+
+
+@pytest.mark.parametrize(
+    ("size", "quantization", "qkvz", "ba"),
+    [(1, None, 12288, 64), (4, None, 3072, 16), (4, {"quant_method": "awq"}, 3072, 64)],
+)
+def test_shapes(model: Any, size: int, quantization: Any, qkvz: int, ba: int) -> None:
+    (group,) = read_groups(model(quantization), size, "cuda", "auto")
+    assert (group.hidden_size, group.facts.qkvz.output_size, group.facts.ba.output_size) == (4096, qkvz, ba)
+
+
+def test_auto_on_the_cpu_is_stock(model: Any) -> None:
+    (group,) = read_groups(model(), 1, "cpu", "auto")
+    assert group.plan.strategy == "serial"
+
+
+@pytest.mark.parametrize(
+    ("content", "size", "says"),
+    [
+        (None, 1, "takes a local model directory"),
+        ("not json", 1, "is not JSON"),
+        ("[]", 1, "is not a model's config.json"),
+        ('{"text_config": 3}', 1, "is not a model's config.json"),
+        ('{"hidden_size": 8}', 1, "not the config.json of a model with Gated Delta Net layers"),
+        (json.dumps(TEXT | {"layer_types": ["full_attention"]}), 1, "none of the model's layers"),
+        (json.dumps(TEXT | {"hidden_size": "wide"}), 1, "not the config.json"),
+        (json.dumps(TEXT), 3, "cannot be split 3 ways"),
+        (json.dumps(TEXT), 0, "cannot be split 0 ways"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, content: str | None, size: int, says: str) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(Unreadable, match=says) as raised:
+        read_groups(str(tmp_path), size, "cuda", "auto")
+    assert "\n" not in str(raised.value)

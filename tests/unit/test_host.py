@@ -1,0 +1,154 @@
+"""What is read from the host's objects: each row changes one thing, and says what the plan then sees."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import asdict
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
+
+
+def own_gemm() -> None:
+    pass
+
+
+def default_unquantized_gemm() -> None:
+    pass
+
+
+class Fp8LinearMethod:
+    pass
+
+
+@pytest.fixture
+def ours(plugin: Any) -> Any:
+    """The plugin's ``host`` module, beside a GDN layer whose weights lie on one device."""
+    return importlib.import_module("vllm_gdn_plugin.host")
+
+
+def seen(ours: Any, plugin: Any, **changes: Any) -> dict[str, Any]:
+    """The facts about a layer; a change names an attribute of the layer or of vLLM's config by its path."""
+    layer = plugin.import_gdn()()
+    roots = {"layer": layer, "config": plugin.vllm("config").config, "envs": plugin.vllm("envs")}
+    for linear in (layer.in_proj_qkvz, layer.in_proj_ba):
+        linear.weight = SimpleNamespace(device="cuda:0")
+    for path, value in changes.items():
+        *way, last = path.split(".")
+        target: Any = SimpleNamespace(**roots)
+        for name in way:
+            target = getattr(target, name)
+        setattr(target, last, value)
+    return asdict(ours.layer_facts(layer, "cuda"))
+
+
+def test_a_plain_layer(ours: Any, plugin: Any) -> None:
+    projection = {"linear_method": "UnquantizedLinearMethod", "quantized": False, "dtype": "bfloat16", "plain": True}
+    assert seen(ours, plugin) == {
+        "platform": "cuda",
+        "qkvz": projection | {"output_size": 6},
+        "ba": projection | {"output_size": 2},
+        "activation_dtype": "bfloat16",
+        "lora": False,
+        "cuda_graphs": True,
+        "batch_invariant": False,
+        "offload": False,
+        "weights_in_place": True,
+        "packed_spec_decode": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "facts"),
+    [
+        ("layer.in_proj_qkvz.bias", object(), {"qkvz.plain": False}),
+        ("layer.in_proj_ba.gather_output", True, {"ba.plain": False}),
+        ("layer.in_proj_ba.return_bias", False, {"ba.plain": False}),
+        ("layer.in_proj_ba.params_dtype", "torch.float32", {"ba.dtype": "float32"}),
+        (
+            "layer.in_proj_qkvz.quant_method",
+            Fp8LinearMethod(),
+            {"qkvz.linear_method": "Fp8LinearMethod", "qkvz.quantized": True},
+        ),
+        (
+            "layer.in_proj_ba.quant_method._gemm_impl",
+            own_gemm,
+            {"ba.linear_method": "UnquantizedLinearMethod with own_gemm"},
+        ),
+        (
+            "layer.in_proj_ba.quant_method._gemm_impl",
+            partial(own_gemm),
+            {"ba.linear_method": "UnquantizedLinearMethod with own_gemm"},
+        ),
+        ("layer.in_proj_ba.quant_method._gemm_impl", default_unquantized_gemm, {}),
+        ("layer.in_proj_ba.weight.device", "cpu", {"weights_in_place": False}),
+        ("layer.in_proj_ba.weight", None, {"weights_in_place": False}),
+        ("layer.in_proj_qkvz", SimpleNamespace(weight=SimpleNamespace(device="cuda:0")), {"qkvz.plain": False}),
+        ("layer.in_proj_qkvz", None, {"qkvz.plain": False, "weights_in_place": False}),
+        ("layer.enable_fused_gdn_spec_decode", True, {"packed_spec_decode": True}),
+        ("config.lora_config", object(), {"lora": True}),
+        ("config.model_config.dtype", "torch.float16", {"activation_dtype": "float16"}),
+        ("config.model_config.enforce_eager", True, {"cuda_graphs": False}),
+        ("config.compilation_config.cudagraph_mode.name", "NONE", {"cuda_graphs": False}),
+        ("config.compilation_config.cudagraph_mode", None, {"cuda_graphs": False}),
+        ("config.offload_config.uva.cpu_offload_gb", 0.5, {"offload": True}),
+        ("config.offload_config.prefetch.offload_group_size", 8, {"offload": True}),
+        ("envs.VLLM_BATCH_INVARIANT", True, {"batch_invariant": True}),
+    ],
+)
+def test_what_differs_is_seen(ours: Any, plugin: Any, path: str, value: Any, facts: dict[str, Any]) -> None:
+    found = seen(ours, plugin, **{path: value})
+    flat = found | {f"{p}.{name}": v for p in ("qkvz", "ba") for name, v in found[p].items()}
+    assert {name: flat[name] for name in facts} == facts
+    usual = seen(ours, plugin)
+    if path.startswith("layer."):
+        parts = {name.partition(".")[0] for name in facts}
+        assert {name for name in found if found[name] != usual[name]} == parts, "and nothing else"
+
+
+def test_weights_on_the_meta_device_are_not_in_place(ours: Any, plugin: Any) -> None:
+    meta = {f"layer.{name}.weight.device": "meta" for name in ("in_proj_qkvz", "in_proj_ba")}
+    assert seen(ours, plugin, **meta)["weights_in_place"] is False
+
+
+@pytest.mark.parametrize(
+    ("says", "device_name", "device_type", "name"),
+    [
+        ("is_cuda", "NVIDIA", "cuda", "cuda"),
+        ("is_rocm", "AMD", "cuda", "rocm"),
+        ("is_xpu", "Intel", "gpu", "xpu"),
+        ("is_cpu", "x86", "host", "cpu"),
+        ("is_npu", "npu", "other", "npu"),
+        ("is_npu", "", "npu", "npu"),
+        ("is_npu", None, None, "unspecified"),
+    ],
+)
+def test_the_name_of_the_platform(
+    ours: Any, plugin: Any, says: str, device_name: Any, device_type: Any, name: str
+) -> None:
+    answers = {f"is_{p}": (lambda p=p: says == f"is_{p}") for p in ("cuda", "rocm", "xpu", "cpu")}
+    platform = SimpleNamespace(**answers, device_name=device_name, device_type=device_type)
+    plugin.vllm("platforms").current_platform = platform
+    assert ours.platform() == name
+
+
+@pytest.mark.parametrize("active", [None, False, True])
+def test_a_breakable_capture_is_only_asked_about_where_it_exists(ours: Any, active: bool | None) -> None:
+    if active is not None:
+        capture = SimpleNamespace(is_active=lambda: active)
+        sys.modules["vllm.compilation.breakable_cudagraph"] = SimpleNamespace(BreakableCUDAGraphCapture=capture)  # type: ignore[assignment]
+    assert ours.breakable_capture() is bool(active)
+
+
+def test_a_package_without_a_directory_is_no_vllm(ours: Any, plugin: Any) -> None:
+    assert ours.package_directory() == plugin.tree.package
+    plugin.tree.root.joinpath("vllm").rename(plugin.tree.root / "other")
+    (plugin.tree.root / "vllm.py").touch()
+    importlib.invalidate_caches()
+    with pytest.raises(ModuleNotFoundError, match="vllm"):
+        ours.package_directory()
