@@ -5,15 +5,18 @@
 `--check` writes nothing and exits with 1 where the README is stale.
 """
 
+import json
 import re
 import sys
 from pathlib import Path
 
+from vllm_gdn_plugin.contract import GDN_CLASSES
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, RULES
 from vllm_gdn_plugin.settings import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+RELEASES = ROOT / "tools" / "releases.json"
 RESULTS = ROOT / "benchmarks" / "results" / "README-section.md"
 
 WHAT = {
@@ -33,12 +36,23 @@ def settings() -> str:
     return "\n".join(["| environment variable | default | |", "|---|---|---|", *rows])
 
 
+def releases() -> str:
+    rows = json.loads(RELEASES.read_text())
+    classes = {f"{module}.{name}": name for module, name in GDN_CLASSES.items()}
+    lines = ["| vLLM | layer class | contract |", "|---|---|---|"]
+    for path, name in reversed(classes.items()):
+        versions = [row["version"] for row in rows if row["status"] == "active" and f" {path} is as" in row["reason"]]
+        lines.append(f"| {', '.join(versions)} | `{name}` | holds |")
+    lines += [f"| {row['version']} | | {row['reason']} |" for row in rows if row["status"] != "active"]
+    return "\n".join(lines)
+
+
 def results() -> str:
     return RESULTS.read_text().strip()
 
 
 def filled(text: str) -> str:
-    for name, make in {"strategies": strategies, "settings": settings, "results": results}.items():
+    for name, make in {"strategies": strategies, "settings": settings, "releases": releases, "results": results}.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         body = f"{start}\n{make()}\n{end}"
         text = re.sub(f"{start}.*?{end}", lambda match, body=body: body, text, flags=re.DOTALL)
