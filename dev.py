@@ -79,9 +79,10 @@ def quickstart(args: list[str], extra_env: Mapping[str, str]) -> int:
 
 
 def test(pytest_args: list[str], extra_env: Mapping[str, str]) -> int:
-    """Run all three checks, also after one has failed, and return 1 if any did."""
+    """Run all checks, also after one has failed, and return 1 if any did."""
     checks: dict[str, Command] = {
-        "ruff": [BIN / "ruff", "check", ROOT],
+        "ruff check": [BIN / "ruff", "check", ROOT],
+        "ruff format": [BIN / "ruff", "format", "--check", ROOT],
         "mypy --strict": [BIN / "mypy", "--strict", ROOT / PACKAGE],
         # Not `python -m pytest`: that would import the source tree instead of the installed wheel.
         "pytest": [BIN / "pytest", *pytest_args],

@@ -52,7 +52,12 @@ def results() -> str:
 
 
 def filled(text: str) -> str:
-    for name, make in {"strategies": strategies, "settings": settings, "releases": releases, "results": results}.items():
+    for name, make in {
+        "strategies": strategies,
+        "settings": settings,
+        "releases": releases,
+        "results": results,
+    }.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         body = f"{start}\n{make()}\n{end}"
         text = re.sub(f"{start}.*?{end}", lambda match, body=body: body, text, flags=re.DOTALL)

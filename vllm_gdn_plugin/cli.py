@@ -25,6 +25,11 @@ environment:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:  # it has options of its own, and is imported only when asked for
+        from vllm_gdn_plugin.bench.cli import main as bench
+
+        return bench(arguments[1:])
     options = _parser().parse_args(arguments)
     return _check(options)
 
@@ -59,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--model", metavar="PATH", help="a local model: also tell the plan for each of its GDN layers")
     command.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="for --model (default 1)")
+    commands.add_parser("bench", help="time the two input projections on this machine", add_help=False)
     return parser
 
 

@@ -2,15 +2,18 @@
 
     python generate.py MODEL OUTPUT.json [--compiled] [--tensor-parallel-size N] [--max-tokens N]
 
-Run it in a process of its own: vLLM reads its environment (and its plugins) once.
+Run it in a process of its own: vLLM reads its environment (and its plugins) once. More arguments of `LLM` can be
+given as JSON in the environment variable ENGINE_ARGUMENTS.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Never a prompt of one token: vLLM 0.28 to 0.32 on CPU get it wrong, without any plugin.
 PROMPT_LENGTHS = (3, 17, 40)
@@ -21,19 +24,20 @@ def prompts() -> list[list[int]]:
     return [[(7 * i + 31 * length) % 256 for i in range(length)] for length in PROMPT_LENGTHS]
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=12)
-    args = parser.parse_args()
+    return parser.parse_args()
 
-    from vllm import LLM, SamplingParams
-    from vllm.inputs import TokensPrompt
 
-    llm = LLM(
+def engine(args: argparse.Namespace) -> Any:
+    from vllm import LLM
+
+    return LLM(
         args.model,
         enforce_eager=not args.compiled,
         tensor_parallel_size=args.tensor_parallel_size,
@@ -42,20 +46,32 @@ def main() -> None:
         max_num_seqs=4,
         kv_cache_memory_bytes=64 << 20,
         seed=0,
+        **json.loads(os.environ.get("ENGINE_ARGUMENTS", "{}")),
     )
-    sampling = SamplingParams(temperature=0, logprobs=0, max_tokens=args.max_tokens, ignore_eos=True, detokenize=False)
+
+
+def answers(llm: Any, max_tokens: int) -> dict[str, Any]:
+    """What the engine says now to each of `prompts()`, and the calls of the plugin's ops until then."""
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    sampling = SamplingParams(temperature=0, logprobs=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
     outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts()], sampling, use_tqdm=False)
     completions = [output.outputs[0] for output in outputs]
-    result = {
+    witness = sys.modules.get("witness")
+    return {
         "token_ids": [list(completion.token_ids) for completion in completions],
         "logprobs": [
             [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
             for completion in completions
         ],
+        "op_calls": dict(witness.calls) if witness else {},
     }
-    witness = sys.modules.get("witness")
-    result["op_calls"] = witness.calls if witness else {}
-    args.output.write_text(json.dumps(result))
+
+
+def main() -> None:
+    args = arguments()
+    args.output.write_text(json.dumps(answers(engine(args), args.max_tokens)))
 
 
 if __name__ == "__main__":  # spawned workers import this file again

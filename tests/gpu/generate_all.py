@@ -2,10 +2,9 @@
 
     python generate_all.py MODEL OUTPUT.json
 
-For stock vLLM and then for each strategy, with full and piecewise CUDA graphs and then eagerly.
+With full and piecewise CUDA graphs and then eagerly: stock vLLM, and each strategy.
 """
 
-import gc
 import json
 import os
 import sys
@@ -18,16 +17,16 @@ STRATEGIES = ("stock", "dual_stream", "fused")
 def main(model: str, output: Path) -> None:
     os.environ |= {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     results = {}
-    for strategy in STRATEGIES:
-        if strategy != "stock":
+    for mode in ("graphs", "eager"):
+        for strategy in STRATEGIES:
             install(strategy)
-        for mode in ("graphs", "eager"):
             results[f"{strategy} {mode}"] = generate(model, eager=mode == "eager")
-    output.write_text(json.dumps(results))
+            print(f"done: {strategy} {mode}", flush=True)
+            output.write_text(json.dumps(results))
 
 
 def install(strategy: str) -> None:
-    """Have the next engine built with `strategy`, whatever an earlier one was built with."""
+    """Have the next engine built with `strategy`, or stock, whatever an earlier one was built with."""
     from vllm.model_executor.custom_op import op_registry_oot
 
     import vllm_gdn_plugin
@@ -35,13 +34,15 @@ def install(strategy: str) -> None:
 
     for name in GDN_CLASSES.values():
         op_registry_oot.pop(name, None)
-    os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = strategy
-    vllm_gdn_plugin.register()
+    if strategy != "stock":
+        os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = strategy
+        vllm_gdn_plugin.register()
 
 
 def generate(model: str, eager: bool) -> Any:
     """Tokens and log-probabilities of a few prompts, some of which share a prefix."""
     from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(
         model,
@@ -61,7 +62,7 @@ def generate(model: str, eager: bool) -> Any:
     rounds = [llm.generate(prompts, sampling, use_tqdm=False) for _ in range(2)]  # the second from the prefix cache
     answers = [answer.outputs[0] for outputs in rounds for answer in outputs]
     del llm
-    gc.collect()
+    cleanup_dist_env_and_memory()
     return [[(t, lp[t].logprob) for t, lp in zip(a.token_ids, a.logprobs, strict=True)] for a in answers]
 
 

@@ -29,7 +29,8 @@ def dist_info(root: Path, distribution: str, **points: str) -> None:
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 0.1.0\n")
     lines = "".join(f"{name} = {value}\n" for name, value in points.items())
-    (folder / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}" if lines else "")
+    command = f"[console_scripts]\n{distribution.replace('_', '-')} = not:a.plugin\n"
+    (folder / "entry_points.txt").write_text(f"{command}[{GROUP}]\n{lines}" if lines else command)
 
 
 @pytest.fixture
@@ -230,12 +231,40 @@ def test_require(
 
 
 def test_a_setting_that_cannot_be_read_is_a_warning(
-    installed: Any, report: Any, monkeypatch: pytest.MonkeyPatch
+    installed: Any, report: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "many")
     code, found = report()
     assert code == 0
     assert [w.partition("=")[0] for w in found["warnings"]] == ["VLLM_GDN_PLUGIN_MAX_TOKENS"]
+    code, text, _ = run("check")
+    assert [line for line in text.splitlines() if line.startswith("warning")] == [
+        f"{'warning':<15}  {found['warnings'][0]}"
+    ]
+
+
+def test_require_is_not_met_where_the_plugin_is_left_out(
+    installed: Any, report: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert [(code, found["status"]) for code, found in [report("--require", "serial")]] == [(1, "disabled")]
+
+
+def test_a_device_without_a_name_is_no_obstacle(installed: Any, report: Any) -> None:
+    installed.edit("vllm.platforms", ('return "Stub Device"', "raise OSError('no driver')"))
+    code, found = report()
+    assert (code, found["platform"], found["device"]) == (0, "cuda", "not known: no driver")
+
+
+@pytest.mark.parametrize("stream", [None, "ext://sys.stdout"])
+def test_vllm_logs_to_stderr_unless_told_otherwise(
+    installed: Any, report: Any, stream: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_LOGGING_STREAM")
+    if stream:
+        monkeypatch.setenv("VLLM_LOGGING_STREAM", stream)
+    report()
+    assert os.environ["VLLM_LOGGING_STREAM"] == (stream or "ext://sys.stderr")
 
 
 @pytest.mark.parametrize(
@@ -251,13 +280,16 @@ def test_a_setting_that_cannot_be_read_is_a_warning(
     ],
 )
 def test_a_version_that_is_not_installed(
-    report: Any, isolated: None, version: str, allow: str, code: int, monkeypatch: pytest.MonkeyPatch
+    report: Any, run: Any, isolated: None, version: str, allow: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_GDN_PLUGIN_ALLOW_UNTESTED", allow)
     found_code, found = report("--vllm-version", version)
     assert (found_code, found["status"]) == (code, "refused" if code else "active")
     assert f"vLLM {version}" in found["reason"]
     assert found["vllm_version"] == version
+    assert (found["strategy"] == "serial") == bool(code)
+    assert ("run check where vLLM is installed" in found["what_to_do"]) == (not code)
+    assert "None" not in run("check", "--vllm-version", version)[1], "what is not known is left out"
     assert "vllm" not in sys.modules
 
 
@@ -284,7 +316,7 @@ def empty_wheel(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (lambda path: None, "there is no "),
+        (lambda path: None, "check: there is no "),
         (lambda path: path.write_text("text"), "is a file but not a wheel"),
         (lambda path: path.mkdir(), "holds no vLLM"),
         (empty_wheel, "holds no vLLM"),

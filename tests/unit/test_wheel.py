@@ -44,7 +44,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     tree = tmp_path_factory.mktemp("tree")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
-    shutil.copytree(PACKAGE, tree / PACKAGE.name)
+    shutil.copytree(PACKAGE, tree / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "out"), str(tree)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -61,7 +61,7 @@ def metadata(wheel: zipfile.ZipFile) -> Message:
 def test_it_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile, metadata: Message) -> None:
     info = f"vllm_gdn_plugin-{metadata['Version']}.dist-info"
     about = ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
-    modules = {f"{PACKAGE.name}/{file.name}" for file in PACKAGE.glob("*.py")}
+    modules = {file.relative_to(ROOT).as_posix() for file in PACKAGE.rglob("*.py")}
     assert set(wheel.namelist()) == modules | {f"{PACKAGE.name}/py.typed"} | {f"{info}/{name}" for name in about}
     for module in modules:
         assert wheel.read(module) == (ROOT / module).read_bytes()

@@ -1,0 +1,346 @@
+"""Fused on the CPU: as exact as the two projections, never on a stale weight, only where its conditions hold."""
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gpu_layers import SHAPES, TOKENS, Layer
+from quantize import quantize
+from tiny_model import make_model
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm", reason="vllm isn't installed: run `python3.11 dev.py test`")
+
+HERE = Path(__file__).parent
+TOLERANCE = 1.05
+"""The error against float64 may be at most this many times that of the two separate projections."""
+SAMPLED_COLUMNS = 512
+"""Of in_proj_qkvz's outputs, so many are computed in float64; of in_proj_ba's all."""
+HIDDEN, QKVZ, BA, LAYERS = 32, 48, 4, 3
+FUSED = {"VLLM_GDN_PLUGIN_STRATEGY": "fused"}
+BACK_TO_SERIAL = "a GDN layer goes back to serial"
+
+
+# Real linear layers of vLLM, without an engine
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A vLLM configuration in force, in a tensor-parallel group of one."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+
+    config = VllmConfig()
+    rendezvous = tmp_path_factory.mktemp("rendezvous") / "file"
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        initialize_model_parallel()
+        config.model_config = SimpleNamespace(dtype=torch.bfloat16, enforce_eager=True)
+        yield config
+        config.model_config = None
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def make_layer(vllm_config: Any) -> Callable[[tuple[int, int, int]], Layer]:
+    """`make_layer((hidden, qkvz, ba))` has two real bf16 projections, before their weights are loaded and packed."""
+    from vllm.model_executor.layers.linear import MergedColumnParallelLinear
+
+    def linear(hidden: int, size: int) -> Any:
+        built = MergedColumnParallelLinear(hidden, [size], bias=False, params_dtype=torch.bfloat16)
+        built.weight.data.normal_(std=hidden**-0.5)
+        return built
+
+    return lambda shape: Layer("layer", linear(shape[0], shape[1]), linear(shape[0], shape[2]), 0)
+
+
+def load(layer: Any, fused: Any) -> None:
+    """What vLLM's loaders do once the weights are written: parents first. On a CPU it packs each weight."""
+    assert fused.is_loaded()
+    for projection in (layer.in_proj_qkvz, layer.in_proj_ba):
+        projection.quant_method.process_weights_after_loading(projection)
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_as_exact_as_the_two_projections(make_layer: Callable[..., Layer], model: str) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    torch.manual_seed(0)
+    hidden, *sizes = SHAPES[model]
+    layer = make_layer(SHAPES[model])
+    fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+    columns = torch.randperm(sizes[0])[:SAMPLED_COLUMNS]
+    exact_weights = layer.in_proj_qkvz.weight[columns].double(), layer.in_proj_ba.weight.double()
+    load(layer, fused)
+    for num_tokens in TOKENS:
+        x = torch.randn(num_tokens, hidden, dtype=torch.bfloat16)
+        assert fused.why_broken(x) is None
+        qkvz, ba, _ = fused.apply(x).split([*sizes, fused.padding], dim=-1)
+        ours = qkvz[:, columns], ba
+        theirs = layer.in_proj_qkvz(x)[0][:, columns], layer.in_proj_ba(x)[0]
+        for got, stock, weight in zip(ours, theirs, exact_weights, strict=True):
+            want = x.double() @ weight.T
+            error, allowed = (got - want).norm(), (stock - want).norm()
+            assert 0 < error <= TOLERANCE * allowed, f"{num_tokens} tokens: {error} against {allowed}"
+
+
+def test_one_storage_holds_both_weights_and_nothing_else_is_kept(make_layer: Callable[..., Layer]) -> None:
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from vllm_gdn_plugin.fused import ROW_ALIGNMENT, FusedProjections
+
+    hidden, qkvz, ba = SHAPES["27B"]
+    ba -= 8  # so that there is padding
+    layer = make_layer((hidden, qkvz, ba))
+    projections = (layer.in_proj_qkvz, layer.in_proj_ba)
+    old = [StorageWeakRef(p.weight.untyped_storage()) for p in projections]
+    fused = FusedProjections(*projections)
+    assert all(storage.expired() for storage in old)
+    weights = (fused.weight, *(p.weight for p in projections))
+    assert len({w.untyped_storage().data_ptr() for w in weights}) == 1
+    rows = (qkvz + ba + ROW_ALIGNMENT - 1) // ROW_ALIGNMENT * ROW_ALIGNMENT
+    assert rows == qkvz + ba + 8
+    assert fused.weight.untyped_storage().nbytes() == rows * hidden * fused.weight.itemsize
+    assert not fused.weight[qkvz + ba :].any()
+    del weights
+    one = StorageWeakRef(fused.weight.untyped_storage())
+    load(layer, fused)
+    assert one.expired(), "the CPU has packed the weights, and the storage they were loaded into is still alive"
+
+
+@pytest.mark.parametrize("reason", ["VLLM_BATCH_INVARIANT", "cpu_offload_gb", "offload_group_size"])
+def test_not_planned_where(
+    make_layer: Callable[..., Layer], vllm_config: Any, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    """From the facts as vLLM has them, without an engine: on a CPU vLLM itself refuses batch-invariant GDN layers."""
+    from vllm_gdn_plugin import host
+    from vllm_gdn_plugin.plan import plan
+
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    layer = make_layer((HIDDEN, QKVZ, BA))
+    assert plan(host.layer_facts(layer, "cuda"), "auto").strategy == "fused"
+    if reason == "VLLM_BATCH_INVARIANT":
+        monkeypatch.setenv(reason, "1")
+    else:
+        offload = vllm_config.offload_config
+        monkeypatch.setattr(offload.uva if reason == "cpu_offload_gb" else offload.prefetch, reason, 1)
+    why = "promises bit-equal results" if reason == "VLLM_BATCH_INVARIANT" else "the weights are offloaded"
+    for platform, request in (("cuda", "auto"), ("cuda", "fused"), ("cpu", "fused")):
+        chosen = plan(host.layer_facts(layer, platform), request)
+        assert chosen.strategy != "fused"
+        assert why in chosen.reason
+
+
+# Never stale, by hand: linear layers whose weights stay as they are
+
+
+class Projection(torch.nn.Linear):  # type: ignore[misc]
+    quant_method = SimpleNamespace(
+        apply=lambda layer, x: torch.nn.functional.linear(x, layer.weight),
+        process_weights_after_loading=lambda layer: None,
+    )
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x), None
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Fused layers by the names that the op knows them by."""
+    import vllm_gdn_plugin.op  # noqa: F401
+    from vllm_gdn_plugin import host
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    torch.manual_seed(0)
+    known = {}
+    for i in range(LAYERS):
+        qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (QKVZ, BA))
+        fused = FusedProjections(qkvz, ba)
+        assert fused.is_loaded()
+        known[f"model.layers.{i}"] = SimpleNamespace(in_proj_qkvz=qkvz, in_proj_ba=ba, gdn_fused=fused)
+    monkeypatch.setattr(host, "layer_by_name", lambda name: known[getattr(name, "value", name)])
+    yield known
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """The warnings of the plugin since the test began, as if nothing had been said in this process before."""
+    from vllm import logger
+
+    logger._print_warning_once.cache_clear()
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    ours = logging.getLogger("vllm.vllm_gdn_plugin")
+    ours.addHandler(handler)
+    yield messages
+    ours.removeHandler(handler)
+
+
+def project(name: str, x: Any) -> Any:
+    """Both projections by the op, without the padding."""
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    padded = QKVZ + BA + -(QKVZ + BA) % 16
+    return torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(x, padded, _encode_layer_name(name))[:, : QKVZ + BA]
+
+
+def all_layers(x: Any) -> Any:
+    return torch.stack([project(f"model.layers.{i}", x) for i in range(LAYERS)])
+
+
+def two_projections(layers: dict[str, Any], x: Any) -> Any:
+    return torch.stack([torch.cat([layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]], -1) for layer in layers.values()])
+
+
+def changed(weight: Any) -> Any:
+    return weight.data + torch.randn_like(weight)
+
+
+def replace_data(layer: Any, name: str) -> None:
+    weight = getattr(layer, name).weight
+    weight.data = changed(weight)
+
+
+def replace_parameter(layer: Any, name: str) -> None:
+    linear = getattr(layer, name)
+    linear.weight = torch.nn.Parameter(changed(linear.weight), requires_grad=False)
+
+
+def move_then_write(layer: Any, name: str) -> None:
+    weight = getattr(layer, name).weight
+    weight.data = weight.data.clone()
+    weight.data.mul_(2)
+
+
+def move_to_the_neighbour(layer: Any, name: str) -> None:
+    """Each parameter moves on by one row within the one storage: same storage, same shape, other rows."""
+    weight = getattr(layer, name).weight
+    weight.data = layer.gdn_fused.weight.data[1 : 1 + weight.shape[0]]
+
+
+def swap(layer: Any, name: str) -> None:
+    qkvz, ba = layer.in_proj_qkvz, layer.in_proj_ba
+    qkvz.weight, ba.weight = ba.weight, qkvz.weight
+
+
+def resize(layer: Any, name: str) -> None:
+    qkvz, ba = layer.in_proj_qkvz.weight, layer.in_proj_ba.weight
+    qkvz.data, ba.data = qkvz.data[:-1], torch.cat([qkvz.data[-1:] + 1, ba.data])
+
+
+MOVES = [
+    *((move, name) for move in (replace_data, replace_parameter, move_then_write) for name in ("qkvz", "ba")),
+    *((move, "qkvz") for move in (move_to_the_neighbour, swap, resize)),
+]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("move", "name"), MOVES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_moved_weight_is_never_stale(
+    layers: dict[str, Any], warnings: list[str], move: Callable[..., None], name: str, compiled: bool
+) -> None:
+    function = all_layers
+    if compiled:  # as vLLM compiles: every guard dropped
+        function = torch.compile(
+            all_layers, fullgraph=True, options={"guard_filter_fn": lambda guards: [False for _ in guards]}
+        )
+    x = torch.randn(5, HIDDEN)
+    before = function(x)
+    torch.testing.assert_close(before, two_projections(layers, x))
+    assert warnings == []
+    for layer in layers.values():
+        move(layer, f"in_proj_{name}")
+    want = two_projections(layers, x)
+    for _ in range(2):
+        got = function(x)
+        assert torch.equal(got, want)
+    assert not torch.allclose(got, before)
+    assert len(warnings) == 1
+    assert BACK_TO_SERIAL in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["in_proj_qkvz", "in_proj_ba"])
+def test_a_weight_written_in_place_is_seen(layers: dict[str, Any], warnings: list[str], name: str) -> None:
+    x = torch.randn(5, HIDDEN)
+    before = all_layers(x)
+    for layer in layers.values():
+        weight = getattr(layer, name).weight
+        weight.data.copy_(changed(weight))
+    got = all_layers(x)
+    torch.testing.assert_close(got, two_projections(layers, x))
+    assert not torch.allclose(got, before)
+    assert warnings == []
+    assert not any(layer.gdn_fused.broken for layer in layers.values())
+
+
+# Real engines
+
+
+@pytest.fixture(scope="module")
+def run(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> Callable[..., Any]:
+    """`run(kind, env, script=...)` with the plugin as `env` says, and `run(kind)` without it; op calls are counted."""
+
+    def generate(kind: str, env: dict[str, str] | None = None, **options: Any) -> Any:
+        extra, _ = witness()
+        return run_generate(kind, env=extra | (env or {}), **options)
+
+    return generate
+
+
+OFF = {"VLLM_PLUGINS": "witness"}
+
+
+def said(answer: dict[str, Any]) -> tuple[Any, Any]:
+    return answer["token_ids"], answer["logprobs"]
+
+
+@pytest.mark.parametrize(
+    ("eager", "only"),
+    [(True, None), (True, r"in_proj_[ba]\."), (True, r"in_proj_(qkv|z)\."), (False, None)],
+    ids=["eager", "eager-only-ba", "eager-only-qkvz", "compiled"],
+)
+def test_reloaded_weights_are_used(run: Callable[..., Any], scratch: Path, eager: bool, only: str | None) -> None:
+    other = scratch / "models" / "qwen3_5_reloaded"
+    if not other.exists():
+        make_model("qwen3_5", other, seed=1)
+    how = {"RELOAD_FROM": str(other)} | ({"RELOAD_ONLY": only} if only else {})
+    stock, fused = (run("qwen3_5", how | env, eager=eager, script=HERE / "reload.py") for env in (OFF, FUSED))
+    assert said(stock["before"]) != said(stock["after"]), "stock vLLM itself has not taken the other weights"
+    for when in ("before", "after"):
+        assert fused[when]["token_ids"] == stock[when]["token_ids"]
+        for ours, theirs in zip(fused[when]["logprobs"], stock[when]["logprobs"], strict=True):
+            assert ours == pytest.approx(theirs, abs=0.05)
+    assert list(fused["before"]["op_calls"]) == ["fused"]
+    assert fused["log"].count(BACK_TO_SERIAL) <= 1
+
+
+def test_offloaded_weights_are_refused(run: Callable[..., Any]) -> None:
+    offload = {"ENGINE_ARGUMENTS": json.dumps({"cpu_offload_gb": 0.005})}
+    stock, fused = (run("qwen3_5", env | offload) for env in (OFF, FUSED))
+    assert "Offloader set to UVAOffloader" in fused["log"]
+    assert said(fused) == said(stock)
+    assert fused["op_calls"] == {}
+    assert fused["log"].count("steps aside, vLLM runs as it is: the weights are offloaded") == 1
+
+
+@pytest.fixture(scope="module")
+def mixed(models: Callable[[str], Path], scratch: Path) -> str:
+    """The kind of a checkpoint with int8 in_proj_qkvz and bf16 in_proj_ba."""
+    quantize(models("qwen3_5"), scratch / "models" / "qwen3_5_w8a8")
+    return "qwen3_5_w8a8"
+
+
+def test_mixed_precision(run: Callable[..., Any], mixed: str) -> None:
+    stock, dual_stream, fused = (run(mixed, env) for env in (OFF, {"VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}, FUSED))
+    assert said(dual_stream) == said(stock)
+    assert list(dual_stream["op_calls"]) == ["dual_stream"]
+    assert "dual_stream on 3 of 3 GDN layers" in dual_stream["log"]
+    assert said(fused) == said(stock)
+    assert fused["op_calls"] == {}
+    assert fused["log"].count("one GEMM cannot serve CompressedTensorsLinearMethod and UnquantizedLinearMethod") == 1

@@ -1,0 +1,54 @@
+"""A run as a picture: each strategy's time against serial, over the number of tokens."""
+
+from itertools import groupby
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from vllm_gdn_plugin.bench.results import QKVZ, Point, Run
+from vllm_gdn_plugin.bench.stats import ratios, summary
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
+
+STYLES = {DUAL_STREAM: ("tab:blue", "-"), FUSED: ("tab:orange", "-"), QKVZ: ("tab:gray", "--")}
+LABELS = {QKVZ: "qkvz alone"}
+COLUMNS = 4
+
+
+def plot(run: Run, path: Path) -> None:
+    """Write a PNG: a panel for each shape; lines are medians, bands go from the 5th to the 95th percentile."""
+    panels = [(shape, list(points)) for shape, points in groupby(run.points, key=lambda point: point.shape)]
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    size = (3.4 * columns + 0.6, 2.8 * rows + 0.8)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (shape, points) in zip(axes.flat, panels, strict=False):
+        _panel(axis, points)
+        name = shape.name.replace(" and ", "\nand ")
+        axis.set_title(f"{name}, TP {shape.tensor_parallel_size}", fontsize=8)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    figure.supxlabel("tokens", fontsize=9)
+    figure.supylabel("time, serial = 1", fontsize=9)
+    figure.suptitle(f"{run.machine.hardware}, {run.precision}", fontsize=10)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _panel(axis: "plt.Axes", points: list[Point]) -> None:
+    tokens = [point.tokens for point in points]
+    axis.axhline(1.0, color="black", linewidth=0.8, label=SERIAL)
+    for name, (color, line) in STYLES.items():
+        if name not in points[0].samples_us:
+            continue
+        found = [summary(ratios(point.samples_us[name], point.samples_us[SERIAL])) for point in points]
+        axis.plot(tokens, [f.median for f in found], line, color=color, marker=".", label=LABELS.get(name, name))
+        axis.fill_between(tokens, [f.low for f in found], [f.high for f in found], color=color, alpha=0.25, lw=0)
+    axis.set_xscale("log", base=2)
+    axis.tick_params(labelsize=7)
+    axis.grid(alpha=0.3)

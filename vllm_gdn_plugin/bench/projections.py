@@ -1,0 +1,114 @@
+"""The run itself: for each shape and each number of tokens, verify the strategies and then time them."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_gdn_plugin.bench import quantized, strategies
+from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
+from vllm_gdn_plugin.bench.results import Point, Run
+from vllm_gdn_plugin.bench.shapes import Shape
+from vllm_gdn_plugin.bench.strategies import Projections
+from vllm_gdn_plugin.bench.timing import CpuTimer, CudaTimer, Timer
+from vllm_gdn_plugin.bench.verify import Outputs, verify
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be measured."""
+
+    shapes: list[Shape]
+    tokens: list[int]
+    device: str
+    dtype: str
+    quantization: str | None
+    rounds: int
+
+    @property
+    def precision(self) -> str:
+        """How the two weights are kept."""
+        return f"{self.quantization} in_proj_qkvz and {self.dtype} in_proj_ba" if self.quantization else self.dtype
+
+    @property
+    def name(self) -> str:
+        """The stem of the files that are written."""
+        return f"projections-{self.quantization or self.dtype}"
+
+    def require(self) -> None:
+        """Raises BadInput where the quantised layer cannot do this."""
+        if self.quantization is None:
+            return
+        if self.device != "cuda" or self.dtype != "bfloat16":
+            raise BadInput(f"--quantization {self.quantization} needs --device cuda and --dtype bfloat16")
+        for shape in self.shapes:
+            quantized.require_blocks(shape)
+
+
+def layer_count(layer_bytes: int, cache_bytes: int, at_least: int) -> int:
+    """Copies of the weights that one sample goes through: together they exceed twice the cache, so that each is read
+    from memory, as in a model."""
+    return max(at_least, 2 * cache_bytes // layer_bytes + 1)
+
+
+def measure(task: Task, run: Run, progress: Any) -> None:
+    """Append every point to ``run`` as it is done; ``progress`` is a tqdm over all of them.
+
+    Raises:
+        WrongResult: at the first point that does not verify; it is not timed.
+        BadInput: where a point does not fit the GPU, or the quantised layer is not to be had.
+    """
+    torch.manual_seed(SEED)
+    dtype = getattr(torch, task.dtype)
+    timer: Timer = CudaTimer() if task.device == "cuda" else CpuTimer()
+    makers: AbstractContextManager[Callable[[Shape], Projections]] = (
+        quantized.vllm_layers()
+        if task.quantization
+        else nullcontext(lambda shape: strategies.unquantized(shape, dtype, task.device))
+    )
+    with torch.no_grad(), makers as make:
+        for shape in task.shapes:
+            first = make(shape)
+            count = layer_count(max(first.weight_bytes.values()), run.machine.l2_cache_bytes, timer.min_layers)
+            layers = [first, *(make(shape) for _ in range(count - 1))]
+            for tokens in task.tokens:
+                where = f"{shape.name}, TP {shape.tensor_parallel_size}, {tokens} tokens"
+                progress.set_description(where)
+                try:
+                    hidden_states = torch.randn(tokens, shape.hidden, dtype=dtype, device=task.device)
+                    run.points.append(measure_point(timer, shape, layers, hidden_states, task.rounds))
+                except WrongResult as wrong:
+                    raise WrongResult(f"{where}: {wrong}") from wrong
+                except torch.OutOfMemoryError as error:
+                    raise BadInput(f"{where}: the memory of the GPU is too small for it") from error
+                progress.update()
+
+
+def measure_point(
+    timer: Timer, shape: Shape, layers: list[Projections], hidden_states: torch.Tensor, rounds: int
+) -> Point:
+    """Verify, then time, every strategy on the same layers and the same ``hidden_states`` (num_tokens, hidden)."""
+    ways = strategies.steps(layers[0], timer.aux_stream)
+    prepared, outputs = {}, {}
+    for name, step in ways.items():
+        prepared[name], outputs[name] = timer.prepare(_through(layers, step, hidden_states))
+    verify(outputs, layers[-1].reference(hidden_states))
+    moved = {name: strategies.bytes_moved(layers[-1], name, hidden_states, outputs[name]) for name in ways}
+    samples = timer.measure(prepared, rounds)
+    per_layer = {name: [value / len(layers) for value in values] for name, values in samples.items()}
+    return Point(shape, len(hidden_states), len(layers), moved, per_layer)
+
+
+def _through(layers: list[Projections], step: strategies.Step, hidden_states: torch.Tensor) -> Callable[[], Outputs]:
+    """All layers, one after the other; the last one's outputs are kept, the others' memory is used again."""
+
+    def work() -> Outputs:
+        for layer in layers:
+            outputs = step(layer, hidden_states)
+        return outputs
+
+    return work

@@ -1,0 +1,89 @@
+"""The statistics of the bench: medians, spreads, and ratios of paired samples with their intervals."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import bootstrap
+
+from vllm_gdn_plugin.bench.results import QKVZ
+from vllm_gdn_plugin.plan import SERIAL
+
+CONFIDENCE = 0.95
+SPREAD = (5, 95)
+RESAMPLES = 2000
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median, and 5th and 95th percentile: where nine of ten samples lie."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median of the ratios within each round, and its 95 % bootstrap interval."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether the interval leaves 1.0 out."""
+        return not self.low <= 1.0 <= self.high
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy at one point."""
+
+    us: Summary
+    to_serial: Ratio
+    to_qkvz: Ratio
+
+
+def summary(samples: Sequence[float]) -> Summary:
+    """Median and spread of ``samples``, in their unit."""
+    low, median, high = (float(np.percentile(np.asarray(samples, dtype=float), q)) for q in (SPREAD[0], 50, SPREAD[1]))
+    return Summary(median, low, high)
+
+
+def ratios(samples: Sequence[float], baseline: Sequence[float]) -> list[float]:
+    """Sample by sample; both lists are in the order of the rounds, so that slow drift of the machine cancels."""
+    if len(samples) != len(baseline):
+        raise ValueError(f"{len(samples)} samples cannot be paired with {len(baseline)}")
+    return [float(one / other) for one, other in zip(samples, baseline, strict=True)]
+
+
+def paired_ratio(samples: Sequence[float], baseline: Sequence[float]) -> Ratio:
+    """How ``samples`` compare with ``baseline``, taken in the same rounds. The same samples give the same interval."""
+    paired = np.asarray(ratios(samples, baseline))
+    median = float(np.median(paired))
+    if np.ptp(paired) == 0.0:  # one round, or no spread at all: nothing to resample
+        return Ratio(median, *((median, median) if len(paired) > 1 else (0.0, float("inf"))))
+    interval = bootstrap(
+        (paired,),
+        np.median,
+        confidence_level=CONFIDENCE,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    ).confidence_interval
+    return Ratio(median, float(interval.low), float(interval.high))
+
+
+def compare(samples: Mapping[str, Sequence[float]]) -> dict[str, Row]:
+    """Each strategy of one point against serial and against ``in_proj_qkvz`` alone.
+
+    Args:
+        samples: microseconds per layer, by strategy, each in the order of the rounds.
+    """
+    return {
+        name: Row(summary(values), paired_ratio(values, samples[SERIAL]), paired_ratio(values, samples[QKVZ]))
+        for name, values in samples.items()
+    }

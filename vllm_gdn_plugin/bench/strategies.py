@@ -1,0 +1,113 @@
+"""One layer's projections with random weights, and the ways to run them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from vllm_gdn_plugin.bench.results import QKVZ
+from vllm_gdn_plugin.bench.shapes import Shape
+from vllm_gdn_plugin.bench.verify import Outputs
+from vllm_gdn_plugin.fused import FusedProjections
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+Step = Callable[["Projections", torch.Tensor], Outputs]
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The projections of one layer; both map (num_tokens, hidden) to (num_tokens, out)."""
+
+    qkvz: Linear
+    ba: Linear
+    weight_bytes: dict[str, int]
+    """By strategy: the weights that it reads."""
+    fused_weight: torch.Tensor | None = None
+    """(qkvz + ba + padding, hidden), where one GEMM can serve both."""
+    sizes: tuple[int, int] = (0, 0)
+
+    def reference(self, hidden_states: torch.Tensor) -> Outputs | None:
+        """Both outputs in float64, from the one weight."""
+        if self.fused_weight is None:
+            return None
+        both = F.linear(hidden_states.double(), self.fused_weight[: sum(self.sizes)].double())
+        return tuple(both.split(self.sizes, dim=-1))
+
+
+def random_weight(rows: int, hidden: int, dtype: torch.dtype, device: str) -> torch.nn.Parameter:
+    """(rows, hidden), scaled so that an input of unit variance gives an output of unit variance."""
+    weight = torch.randn(rows, hidden, dtype=dtype, device=device) * hidden**-0.5
+    return torch.nn.Parameter(weight, requires_grad=False)
+
+
+def unquantized(shape: Shape, dtype: torch.dtype, device: str) -> Projections:
+    """Both projections on weights of one dtype, in the plugin's own storage: row blocks of the fused weight."""
+    qkvz, ba = (SimpleNamespace(weight=random_weight(n, shape.hidden, dtype, device)) for n in (shape.qkvz, shape.ba))
+    weight = FusedProjections(qkvz, ba).weight
+    first, second = qkvz.weight, ba.weight
+    return Projections(
+        lambda x: F.linear(x, first),
+        lambda x: F.linear(x, second),
+        {
+            SERIAL: first.nbytes + second.nbytes,
+            DUAL_STREAM: first.nbytes + second.nbytes,
+            FUSED: weight.nbytes,
+            QKVZ: first.nbytes,
+        },
+        weight,
+        (shape.qkvz, shape.ba),
+    )
+
+
+def serial(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
+    """One after the other, as vLLM does."""
+    return layer.qkvz(hidden_states), layer.ba(hidden_states)
+
+
+def fused(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
+    """One GEMM; the outputs are views of its result."""
+    both = F.linear(hidden_states, layer.fused_weight)
+    return both[:, : layer.sizes[0]], both[:, layer.sizes[0] : sum(layer.sizes)]
+
+
+def qkvz_alone(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
+    """What would be left if ``in_proj_ba`` cost nothing."""
+    return (layer.qkvz(hidden_states),)
+
+
+def dual_stream(aux_stream: Any | None) -> Step:
+    """Side by side, as vLLM's ``maybe_execute_in_parallel`` does: in_proj_qkvz on the current stream and enqueued
+    first, in_proj_ba on ``aux_stream``; serially where there is none."""
+    if aux_stream is None:
+        return serial
+
+    def step(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
+        fork, join = torch.cuda.Event(), torch.cuda.Event()
+        fork.record()
+        qkvz = layer.qkvz(hidden_states)
+        with torch.cuda.stream(aux_stream):
+            fork.wait()
+            ba = layer.ba(hidden_states)
+            join.record()
+        join.wait()
+        return qkvz, ba
+
+    return step
+
+
+def steps(layer: Projections, aux_stream: Any | None) -> dict[str, Step]:
+    """The ways in which ``layer`` can be run."""
+    ways: dict[str, Step] = {SERIAL: serial, DUAL_STREAM: dual_stream(aux_stream), FUSED: fused, QKVZ: qkvz_alone}
+    if layer.fused_weight is None:
+        del ways[FUSED]
+    return ways
+
+
+def bytes_moved(layer: Projections, strategy: str, hidden_states: torch.Tensor, outputs: Outputs) -> int:
+    """Per layer: weights, activations in and outputs out, each once (serial reads the activations a second time,
+    from the cache)."""
+    return layer.weight_bytes[strategy] + sum(int(tensor.nbytes) for tensor in (hidden_states, *outputs))
