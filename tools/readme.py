@@ -7,17 +7,19 @@
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
+from vllm_gdn_plugin.bench.results import Point, Run, load
 from vllm_gdn_plugin.contract import GDN_CLASSES
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, RULES
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, RULES, SERIAL
 from vllm_gdn_plugin.settings import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RELEASES = ROOT / "tools" / "releases.json"
-RESULTS = ROOT / "benchmarks" / "results" / "README-section.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 WHAT = {
     FUSED: "one GEMM for both",
@@ -48,7 +50,56 @@ def releases() -> str:
 
 
 def results() -> str:
-    return RESULTS.read_text().strip()
+    bf16, fp8 = (load(RESULTS / f"h200-projections-{precision}.json") for precision in ("bfloat16", "fp8"))
+    machine = bf16.machine
+    entry_point = json.loads((RESULTS / "entry_point.json").read_text())
+    cost = [sum(pair) for pair in zip(entry_point["import_package"], entry_point["register"], strict=True)]
+    return f"""Time of the two projections of one layer that is saved, stock vLLM's serial projections = 0, median of
+{bf16.rounds} interleaved rounds in CUDA graphs, by number of tokens in the batch ({machine.hardware}, torch
+{machine.torch}, vLLM {machine.vllm}, driver {machine.driver}; TP 4 are the shapes of one rank of four):
+
+**bf16 throughout: fused / dual_stream**
+
+{saved(bf16, (FUSED, DUAL_STREAM))}
+
+**FP8 `in_proj_qkvz` (128 x 128 blocks), bf16 `in_proj_ba`: dual_stream**
+
+{saved(fp8, (DUAL_STREAM,))}
+
+Every number, with its spread: [bf16](benchmarks/results/h200-projections-bfloat16.md),
+[FP8](benchmarks/results/h200-projections-fp8.md). The bad news in there: on the 27B's shape at TP 1, fused is up to 6 %
+slower than dual_stream below 64 tokens (both beat serial); from about 128 tokens on, dual_stream hides little in bf16.
+No strategy was slower than serial at any size on this GPU. These are the projections alone, a part of a decode step:
+what a whole engine gains has not been measured yet. Other GPUs differ:
+
+```
+pip install 'vllm-gdn-plugin[bench]' && vllm-gdn-plugin bench projections --model PATH --output DIRECTORY
+```
+
+![Time relative to serial over the number of tokens](benchmarks/results/h200-projections-bfloat16.png)
+
+In a process that builds no GDN layer the entry point costs {statistics.median(cost):.1f} ms (median of {len(cost)},
+{min(cost):.1f} to {max(cost):.1f} ms, {entry_point["hardware"]}; `{entry_point["command"]}`)."""
+
+
+TOKENS = (1, 8, 64, 128, 256, 1024)
+
+
+def saved(run: Run, strategies: tuple[str, ...]) -> str:
+    """A row for each shape: the median over the rounds of what each strategy saves of serial's time, in percent."""
+    head = ["| model | TP |" + "".join(f" {n} |" for n in TOKENS), "|---|---|" + "---|" * len(TOKENS)]
+    shapes = list(dict.fromkeys(point.shape for point in run.points))
+    rows = []
+    for shape in shapes:
+        points = {point.tokens: point for point in run.points if point.shape == shape}
+        cells = (" / ".join(f"{percent(points[n], s):.0f} %" for s in strategies) for n in TOKENS)
+        rows.append(f"| {shape.name} | {shape.tensor_parallel_size} | {' | '.join(cells)} |")
+    return "\n".join(head + rows)
+
+
+def percent(point: Point, strategy: str) -> float:
+    pairs = zip(point.samples_us[strategy], point.samples_us[SERIAL], strict=True)
+    return 100 * (1 - statistics.median(one / serial for one, serial in pairs))
 
 
 def filled(text: str) -> str:

@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -63,7 +65,9 @@ class Report:
             return replace(self, status="active")
         if self.status == "unknown":
             return self
-        if self.strategy == AUTO:
+        if self.status not in ("active", "serial"):
+            reason = f"{strategy} is required: {self.reason}"
+        elif self.strategy == AUTO:
             reason = f"{strategy} is required, and auto decides layer by layer: name the model with --model"
         else:
             reason = f"{strategy} is required but the strategy will be {self.strategy}: {self.reason}"
@@ -95,9 +99,10 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
     environ = os.environ if environ is None else environ
     settings, warnings = read_settings(environ)
     try:
-        found, package = host.version(), host.package_directory()
-    except Exception as error:
-        reason = f"vLLM cannot be imported: {type(error).__name__}: {error}"
+        with redirect_stdout(sys.stderr):  # the report alone belongs on stdout, whatever an import prints
+            found, package = host.version(), host.package_directory()
+    except (Exception, SystemExit) as error:
+        reason = f"vLLM cannot be imported: {_in_one_line(error)}"
         return Report("unknown", reason, SERIAL, ADVICE["unknown"], warnings=warnings)
     contract = check_contract(package)
     platform, device = _platform(settings, found, contract)
@@ -105,11 +110,14 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
     if decision.status != "refused" and platform is None:
         decision = Decision("unknown", SERIAL, f"vLLM cannot tell its platform: {device}")
     decision, plugins, entry_point = _seen_by_vllm(decision, environ, warnings)
+    advice = ADVICE[decision.status]
+    if settings.strict and decision.status in ("serial", "refused") and settings.strategy != SERIAL:
+        advice = "unset VLLM_GDN_PLUGIN_STRICT: with it the engine will stop here"
     return Report(
         decision.status,
         decision.reason,
         decision.strategy,
-        ADVICE[decision.status],
+        advice,
         vllm_version=found,
         torch_version=_torch_version(),
         platform=platform,
@@ -165,10 +173,13 @@ def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report
         parts.append((contract.holds, contract.reason))
     holds = all(ok for ok, _ in parts)
     reason = "; ".join(reason for ok, reason in parts if ok == holds)
+    chosen = platform_plan("cuda", settings.strategy)
+    if holds and chosen.strategy == SERIAL:
+        return Report("serial", chosen.reason, SERIAL, ADVICE["serial"], vllm_version=vllm_version, warnings=warnings)
     return Report(
         "active" if holds else "refused",
         reason,
-        platform_plan("cuda", settings.strategy).strategy if holds else SERIAL,
+        chosen.strategy if holds else SERIAL,
         "run check where vLLM is installed for the whole answer" if holds else ADVICE["refused"],
         vllm_version=vllm_version,
         contract=contract.reason if contract else None,
@@ -179,12 +190,15 @@ def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report
 def open_source(path: str) -> "Traversable":
     """The package directory ``vllm`` in a source tree, in a site directory, or in a wheel."""
     root: Any = Path(path)
-    if root.is_file():
-        if not zipfile.is_zipfile(root):
-            raise CannotTell(f"{path} is a file but not a wheel")
-        root = zipfile.Path(root)
-    elif not root.is_dir():
-        raise CannotTell(f"there is no {path}")
+    try:
+        if root.is_file():
+            root = zipfile.Path(root)
+        elif not root.is_dir():
+            raise CannotTell(f"there is no {path}")
+    except zipfile.BadZipFile:
+        raise CannotTell(f"{path} is a file but not a wheel") from None
+    except OSError as error:
+        raise CannotTell(f"{path[:80]} cannot be read: {error.strerror}") from None
     for candidate in (root / "vllm", root):
         if (candidate / "envs.py").is_file():
             return candidate  # type: ignore[no-any-return]
@@ -196,15 +210,20 @@ def _platform(settings: Settings, found: str, contract: Contract) -> tuple[str |
     if not contract.holds or not judge_version(found, settings.allow_untested).admitted:
         return None, "not asked"
     try:
-        name = host.platform()
-    except Exception as error:
-        return None, f"{type(error).__name__}: {error}"
+        with redirect_stdout(sys.stderr):
+            name = host.platform()
+    except (Exception, SystemExit) as error:
+        return None, _in_one_line(error)
     try:
         from vllm.platforms import current_platform
 
         return name, str(current_platform.get_device_name())
     except Exception as error:
-        return name, f"not known: {error}"
+        return name, f"not known: {_in_one_line(error)}"
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _torch_version() -> str | None:

@@ -103,11 +103,10 @@ def read_groups(path: str, tensor_parallel_size: int, platform: str, request: st
             platform,
             ProjectionFacts(
                 qkvz,
-                qkvz != UNQUANTIZED,
                 dtype,
                 2 * (key_heads * key_dim + value_heads * value_dim) // tensor_parallel_size,
             ),
-            ProjectionFacts(ba, ba != UNQUANTIZED, dtype, 2 * value_heads // ba_parts),
+            ProjectionFacts(ba, dtype, 2 * value_heads // ba_parts),
             activation_dtype=dtype,
         )
         groups.setdefault(facts, []).append(layer)

@@ -5,6 +5,8 @@ Nothing is imported and no GPU is needed: the same check runs before anything is
 """
 
 import ast
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +21,8 @@ GDN_CLASSES = {
 """Where the layer is found: module and class, newest first."""
 
 HELPERS = {
+    "vllm.config.vllm": ("get_current_vllm_config",),
+    "vllm.distributed.parallel_state": ("is_global_first_rank",),
     "vllm.envs": ("environment_variables", "compile_factors"),
     "vllm.forward_context": ("get_forward_context", "ForwardContext.no_compile_layers"),
     "vllm.logger": ("init_logger",),
@@ -57,6 +61,10 @@ LORA_PROJECTION = "in_proj_qkv"
 """0.20 has a branch ``if hasattr(self, "in_proj_qkv")`` for LoRA; the plugin never takes it."""
 
 
+UNREADABLE = (OSError, ValueError, SyntaxError, RecursionError, MemoryError, zipfile.BadZipFile, zlib.error)
+"""What reading and parsing a source can raise, be it missing, damaged or hostile."""
+
+
 @dataclass(frozen=True)
 class Contract:
     """The outcome of a check: where the class is, and every point that does not hold."""
@@ -93,15 +101,16 @@ def check_contract(package: "Traversable") -> Contract:
         return Contract(None, None, (f"no GDN layer found: there is neither {' nor '.join(GDN_CLASSES)}",))
     class_name = GDN_CLASSES[module]
     try:
-        tree = _parse(package, module)
-    except (OSError, ValueError, SyntaxError) as error:
-        return Contract(module, class_name, (f"the source of {module} cannot be read: {error}",))
-    layer = _class(tree, class_name)
-    if layer is None:
-        return Contract(module, class_name, (f"there is no class {class_name} in {module}",))
-    breaches = _layer_breaches(layer)
-    superseded = _overlaps_by_itself(layer, breaches)
-    return Contract(module, class_name, (*breaches, *_missing_helpers(package)), superseded)
+        classes = [n for n in _parse(package, module).body if isinstance(n, ast.ClassDef) and n.name == class_name]
+        if len(classes) != 1:
+            found = "no class" if not classes else f"more than one class {class_name}"
+            return Contract(module, class_name, (f"there is {found} {class_name} in {module}",))
+        breaches = _layer_breaches(classes[0])
+        superseded = _overlaps_by_itself(classes[0], breaches)
+        return Contract(module, class_name, (*breaches, *_missing_helpers(package)), superseded)
+    except UNREADABLE as error:
+        why = f"{type(error).__name__}: {error}"
+        return Contract(module, class_name, (f"the source of {module} cannot be read: {why}",))
 
 
 def _file(package: "Traversable", module: str) -> "Traversable":
@@ -120,14 +129,14 @@ def _missing_helpers(package: "Traversable") -> Iterator[str]:
     for module, names in HELPERS.items():
         try:
             defined = _definitions(_parse(package, module))
-        except (OSError, ValueError, SyntaxError):
+        except UNREADABLE:
             yield f"there is no readable module {module}"
             continue
         yield from (f"there is no {module}.{name}" for name in names if name not in defined)
 
 
 def _definitions(tree: ast.Module | ast.ClassDef, prefix: str = "") -> set[str]:
-    """Names bound at the top level of a module, also below ``if`` and ``try``, and ``Class.member``."""
+    """Names bound at the top level of a module, also below ``if``, ``try`` and ``with``, and ``Class.member``."""
     names: set[str] = set()
     pending: list[ast.AST] = list(tree.body)
     while pending:
@@ -140,19 +149,21 @@ def _definitions(tree: ast.Module | ast.ClassDef, prefix: str = "") -> set[str]:
                 names |= _definitions(node, f"{node.name}.")
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names.update(prefix + t.id for t in targets if isinstance(t, ast.Name))
-        elif isinstance(node, (ast.If, ast.Try)):
+            names.update(prefix + n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names.update(prefix + (alias.asname or alias.name) for alias in node.names)
+        elif isinstance(node, (ast.If, ast.Try, ast.ExceptHandler, ast.With)):
             pending += ast.iter_child_nodes(node)
     return names
-
-
-def _class(tree: ast.Module, name: str) -> ast.ClassDef | None:
-    return next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
 
 
 def _layer_breaches(layer: ast.ClassDef) -> list[str]:
     methods = {n.name: n for n in layer.body if isinstance(n, ast.FunctionDef)}
     breaches = []
+    for name in FORWARDS:
+        bound = [n for n in layer.body if name in _definitions(ast.Module([n], []))]
+        if bound and (len(bound) > 1 or not isinstance(bound[0], ast.FunctionDef) or bound[0].decorator_list):
+            breaches.append(f"{name} is not one plain method")
     if not any(ast.unparse(d).startswith("PluggableLayer.register(") for d in layer.decorator_list):
         breaches.append(f"{layer.name} is not registered as a PluggableLayer")
     if "forward_cuda" not in methods:
@@ -188,6 +199,8 @@ def _forward_breaches(forward: ast.FunctionDef, methods: dict[str, ast.FunctionD
             yield f"line {node.lineno} uses {node.attr} for something other than {node.attr}(hidden_states)"
         if isinstance(node, ast.Name) and node.id == "hidden_states" and not _is_allowed_use(node, parents):
             yield f"line {node.lineno} uses hidden_states for more than its size, dtype and device"
+        if isinstance(node, ast.Name) and node.id in ("self", "super") and not _reads_attribute(node, parents):
+            yield f"line {node.lineno} uses {node.id} for more than reading an attribute"
     for helper in sorted(_called_methods(body, methods)):
         if any(_uses(methods[helper], name) for name in PROJECTIONS):
             yield f"it calls {helper}, which uses the projections itself"
@@ -207,7 +220,8 @@ def _main_path(body: list[ast.stmt]) -> list[ast.stmt]:
 def _calls_by_path(body: list[ast.stmt], name: str) -> set[tuple[int, bool]]:
     """(calls of the projection, has returned) for every way through the statements.
 
-    A call in a loop, ``try``, nested function or conditional expression counts twice: it cannot be relied on.
+    Ways through other blocks than ``if`` and ``with`` are not followed: a call in one, or in a conditional
+    expression, counts twice, because it cannot be relied on, and a ``return`` in one may or may not be taken.
     """
     paths = {(0, False)}
     for statement in body:
@@ -221,27 +235,34 @@ def _calls_by_path(body: list[ast.stmt], name: str) -> set[tuple[int, bool]]:
         elif isinstance(statement, ast.With):
             inner = _calls_by_path(statement.body, name)
         else:
-            inner = {(_calls_in(statement, name), isinstance(statement, (ast.Return, ast.Raise)))}
+            calls = _calls_in(statement, name)
+            inner = {(calls, isinstance(statement, (ast.Return, ast.Raise)))}
+            if not isinstance(statement, NESTED) and any(isinstance(n, ast.Return) for n in ast.walk(statement)):
+                inner.add((calls, True))
         paths = {p for p in paths if p[1]} | {(p[0] + c, e) for p in paths if not p[1] for c, e in inner}
     return paths
 
 
 def _calls_in(root: ast.AST, name: str) -> int:
     calls = sum(_is_call_of(node, name) for node in ast.walk(root))
-    unsure = (
-        ast.For,
-        ast.While,
-        ast.Try,
-        ast.FunctionDef,
-        ast.Lambda,
-        ast.IfExp,
-        ast.BoolOp,
-        ast.comprehension,
-    )
     inside = any(
-        _is_call_of(node, name) for block in ast.walk(root) if isinstance(block, unsure) for node in ast.walk(block)
+        _is_call_of(node, name) for block in ast.walk(root) if isinstance(block, UNSURE) for node in ast.walk(block)
     )
     return calls + inside
+
+
+NESTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+"""What is only run when something calls it."""
+
+CERTAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Assert, ast.Expr, ast.If, ast.Raise, ast.Return, ast.With)
+"""Statements whose expressions are run once whenever they are reached."""
+
+UNSURE = (
+    *NESTED,
+    *(kind for kind in ast.stmt.__subclasses__() if kind not in (*CERTAIN, *NESTED)),
+    *(ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+)
+"""Where a call may run never, or many times."""
 
 
 def _is_call_of(node: ast.AST | None, name: str) -> bool:
@@ -253,6 +274,14 @@ def _is_allowed_use(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
     if any(_is_call_of(parent, name) for name in PROJECTIONS):
         return True
     return isinstance(node.ctx, ast.Load) and isinstance(parent, ast.Attribute) and parent.attr in SHAPE_ONLY
+
+
+def _reads_attribute(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
+    """``self.x`` that is read, or ``hasattr(self, ...)``: all that a stand-in for the layer can serve."""
+    parent = parents.get(node)
+    if isinstance(parent, ast.Call):
+        return node.id == "self" and isinstance(parent.func, ast.Name) and parent.func.id == "hasattr"
+    return node.id == "self" and isinstance(parent, ast.Attribute) and isinstance(parent.ctx, ast.Load)
 
 
 def _called_methods(body: list[ast.stmt], methods: dict[str, ast.FunctionDef]) -> set[str]:

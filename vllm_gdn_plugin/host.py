@@ -38,11 +38,14 @@ def platform() -> str:
     return str(current_platform.device_name or current_platform.device_type or "unspecified")
 
 
+LOGGER = "vllm.vllm_gdn_plugin"
+
+
 def logger() -> logging.Logger:
     """A logger below vLLM's own, so that its format and level apply to our lines."""
     from vllm.logger import init_logger
 
-    log: logging.Logger = init_logger("vllm.vllm_gdn_plugin")
+    log: logging.Logger = init_logger(LOGGER)
     return log
 
 
@@ -91,7 +94,7 @@ def replace(class_name: str, replacement: Any) -> None:
 def layer_facts(layer: Any, requested_platform: str) -> LayerFacts:
     """The facts about a GDN layer that vLLM has just constructed."""
     from vllm import envs
-    from vllm.config import get_current_vllm_config
+    from vllm.config.vllm import get_current_vllm_config
 
     config = get_current_vllm_config()
     graphs = getattr(config.compilation_config, "cudagraph_mode", None)
@@ -128,7 +131,6 @@ def _projection_facts(linear: Any) -> ProjectionFacts:
     method = getattr(linear, "quant_method", None)
     return ProjectionFacts(
         linear_method=_linear_method(method),
-        quantized=type(method).__name__ != "UnquantizedLinearMethod",
         dtype=_dtype_name(getattr(linear, "params_dtype", None)),
         output_size=int(getattr(linear, "output_size_per_partition", 0)),
         plain=plain,
@@ -182,42 +184,42 @@ def breakable_capture() -> bool:
     return breakable is not None and bool(breakable.BreakableCUDAGraphCapture.is_active())
 
 
-def when_imported(module_names: tuple[str, ...], action: Callable[[ModuleType], None]) -> None:
+def when_imported(module_names: tuple[str, ...], action: Callable[[ModuleType], bool]) -> None:
     """Call ``action(module)`` right after one of the modules is executed, or at once where it already is.
 
-    Nothing is imported for it: a process that never needs the module never pays for it. A second call replaces
-    the first.
+    Nothing is imported for it: a process that never needs the module never pays for it. The watch ends when the
+    action answers True. A second call replaces the first.
     """
     for finder in [f for f in sys.meta_path if isinstance(f, _ImportWatch)]:
         sys.meta_path.remove(finder)
-    present = [sys.modules[name] for name in module_names if name in sys.modules]
-    for module in present:
-        action(module)
-    if not present:
+    if not any(action(sys.modules[name]) for name in module_names if name in sys.modules):
         sys.meta_path.insert(0, _ImportWatch(module_names, action))
 
 
 class _ImportWatch(MetaPathFinder):
-    """Finds nothing itself: lets the other finders find a watched module and adds a step after its execution."""
+    """Lets the other finders find a watched module, and adds a step after its execution."""
 
-    def __init__(self, module_names: tuple[str, ...], action: Callable[[ModuleType], None]) -> None:
+    def __init__(self, module_names: tuple[str, ...], action: Callable[[ModuleType], bool]) -> None:
         self.module_names = module_names
         self.action = action
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in self.module_names:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _LoaderWithStep(spec.loader, self.action)
-        return spec
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find(name, path, target) if find and finder is not self else None
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _LoaderWithStep(spec.loader, self)
+                return spec
+        return None
 
 
 class _LoaderWithStep(Loader):
-    def __init__(self, loader: Loader, action: Callable[[ModuleType], None]) -> None:
+    def __init__(self, loader: Loader, watch: _ImportWatch) -> None:
         self.loader = loader
-        self.action = action
+        self.watch = watch
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -227,4 +229,5 @@ class _LoaderWithStep(Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        self.action(module)
+        if self.watch.action(module) and self.watch in sys.meta_path:
+            sys.meta_path.remove(self.watch)

@@ -23,7 +23,6 @@ class ProjectionFacts:
 
     linear_method: str
     """Class name of its ``quant_method``: how it multiplies."""
-    quantized: bool
     dtype: str
     """dtype of its parameters, and of its output: ``params_dtype``."""
     output_size: int

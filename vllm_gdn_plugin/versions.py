@@ -15,6 +15,8 @@ _major, _minor = NEWEST_SERIES.split(".")
 SUPPORTED_RANGE = f">={OLDEST},<{_major}.{int(_minor) + 1}"
 """The range as pip would write it, for messages and tables."""
 
+_NEXT_SERIES = Version(f"{_major}.{int(_minor) + 1}.dev0")
+
 Standing = Literal["supported", "older", "newer", "unknown"]
 
 
@@ -64,6 +66,6 @@ def _standing(found: str) -> Standing:
         return "unknown"
     if version < Version(OLDEST):
         return "older"
-    if version.release[:2] > Version(NEWEST_SERIES).release:
+    if version >= _NEXT_SERIES:
         return "newer"
     return "supported"

@@ -138,7 +138,7 @@ def test_not_planned_where(
 # Never stale, by hand: linear layers whose weights stay as they are
 
 
-class Projection(torch.nn.Linear):  # type: ignore[misc]
+class Projection(torch.nn.Linear):  # type: ignore[misc,name-defined]
     quant_method = SimpleNamespace(
         apply=lambda layer, x: torch.nn.functional.linear(x, layer.weight),
         process_weights_after_loading=lambda layer: None,
@@ -156,7 +156,7 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     from vllm_gdn_plugin.fused import FusedProjections
 
     torch.manual_seed(0)
-    known = {}
+    known: dict[Any, Any] = {}
     for i in range(LAYERS):
         qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (QKVZ, BA))
         fused = FusedProjections(qkvz, ba)

@@ -77,9 +77,9 @@ def _break_contract() -> None:
 
 def _break(name: str) -> Any:
     def apply() -> None:
-        from vllm_gdn_plugin import host, install
+        from vllm_gdn_plugin import host
 
-        setattr(host if hasattr(host, name) else install, name, _fail)
+        setattr(host, name, _fail)
 
     return apply
 

@@ -1,28 +1,31 @@
-"""Generate with one model in several ways, in one process: its kernels are tuned once.
+"""Generate with one model with stock vLLM and with each strategy, in one process: its kernels are tuned once.
 
-    python generate_all.py MODEL OUTPUT.json
+    python generate_all.py MODEL OUTPUT.json [--eager]
 
-With full and piecewise CUDA graphs and then eagerly: stock vLLM, and each strategy.
+With full and piecewise CUDA graphs, or eagerly.
 """
 
+import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 STRATEGIES = ("stock", "dual_stream", "fused")
 
 
-def main(model: str, output: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--eager", action="store_true")
+    options = parser.parse_args()
     os.environ |= {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     results = {}
-    for mode in ("graphs", "eager"):
-        for strategy in STRATEGIES:
-            install(strategy)
-            results[f"{strategy} {mode}"] = generate(model, eager=mode == "eager")
-            print(f"done: {strategy} {mode}", flush=True)
-            output.write_text(json.dumps(results))
+    for strategy in STRATEGIES:
+        install(strategy)
+        results[strategy] = generate(options.model, options.eager)
+        options.output.write_text(json.dumps(results))
 
 
 def install(strategy: str) -> None:
@@ -67,4 +70,4 @@ def generate(model: str, eager: bool) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main()

@@ -86,7 +86,8 @@ LORA_BODY = '''\
 
 SOURCES = {
     "vllm": 'import torch\n\n__version__ = "0.32.0"\n',
-    "vllm.config": """
+    "vllm.config": "from vllm.config.vllm import get_current_vllm_config\n",
+    "vllm.config.vllm": """
 from types import SimpleNamespace as Config
 
 config = Config(
@@ -241,7 +242,8 @@ class Tree:
 
     def path(self, module: str) -> Path:
         stem = self.root.joinpath(*module.split("."))
-        return stem / "__init__.py" if module in ("vllm", "torch") else stem.with_suffix(".py")
+        is_package = any(other.startswith(f"{module}.") for other in SOURCES)
+        return stem / "__init__.py" if is_package else stem.with_suffix(".py")
 
     def write(self, module: str, source: str | bytes) -> None:
         path = self.path(module)
@@ -277,9 +279,9 @@ class Tree:
         self.write(OLD_GDN, old.replace(GDN_CLASSES[GDN], GDN_CLASSES[OLD_GDN]))
         self.remove(GDN)
 
-    def wheel(self) -> Path:
+    def wheel(self, compression: int = zipfile.ZIP_STORED) -> Path:
         path = self.root / "vllm-0.32.0-py3-none-any.whl"
-        with zipfile.ZipFile(path, "w") as archive:
+        with zipfile.ZipFile(path, "w", compression) as archive:
             for file in sorted(self.package.rglob("*.py")):
                 archive.write(file, file.relative_to(self.root).as_posix())
         return path

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,17 @@ def test_without_vllm_it_cannot_tell(isolated: None, report: Any, run: Any, opti
     [
         ("vllm", "raise ImportError('libcudart.so.12: cannot open')", "ImportError: libcudart.so.12: cannot open"),
         ("vllm", "raise RuntimeError('torch is too old')", "RuntimeError: torch is too old"),
+        ("vllm", "raise RuntimeError('one\\n  two\\n')", "RuntimeError: one two"),
+        ("vllm", "raise SystemExit(3)", "SystemExit: 3"),
         ("vllm", "x = (", "SyntaxError"),
         ("vllm", "", "__version__"),
-        ("vllm.platforms", "raise OSError('no driver')", "vLLM cannot tell its platform: OSError: no driver"),
+        ("vllm.platforms", "raise OSError('no\\ndriver')", "vLLM cannot tell its platform: OSError: no driver"),
+        ("vllm.platforms", "raise SystemExit('no driver')", "vLLM cannot tell its platform: SystemExit: no driver"),
     ],
-    ids=["ImportError", "RuntimeError", "SyntaxError", "no version", "no platform"],
+    ids=[
+        *("ImportError", "RuntimeError", "several lines", "SystemExit", "SyntaxError"),
+        *("no version", "no platform", "SystemExit of the platform"),
+    ],
 )
 def test_a_broken_vllm_is_named_without_a_traceback(
     installed: Any, run: Any, module: str, source: str, told: str
@@ -162,6 +169,15 @@ def test_a_broken_vllm_is_named_without_a_traceback(
     (reason,) = (line for line in out.splitlines() if line.startswith("reason "))
     assert told in reason
     assert "Traceback" not in out
+    assert all("  " in line for line in out.splitlines()), "one line for each row"
+
+
+@pytest.mark.parametrize("module", ["vllm", "vllm.platforms"])
+def test_only_the_report_is_printed(installed: Any, run: Any, module: str) -> None:
+    installed.write(module, f"print('hello')\n{installed.path(module).read_text()}")
+    code, out, errors = run("check", "--json")
+    assert (code, errors) == (0, "hello\n")
+    assert json.loads(out)["status"] == "active"
 
 
 @pytest.mark.parametrize(
@@ -230,6 +246,35 @@ def test_require(
     assert code == 0 or f"{required} is required but the strategy will be {strategy}" in found["reason"]
 
 
+@pytest.mark.parametrize("required", ["serial", "dual_stream"])
+def test_where_the_plugin_is_refused_require_names_the_reason(installed: Any, report: Any, required: str) -> None:
+    installed.version("0.19.1")
+    code, found = report("--require", required)
+    assert (code, found["status"]) == (1, "refused")
+    assert found["reason"].startswith(f"{required} is required: vLLM 0.19.1 ")
+
+
+@pytest.mark.parametrize(
+    ("change", "strategy", "stops"),
+    [
+        (lambda tree: None, "auto", False),
+        (lambda tree: tree.platform("cpu"), "auto", True),
+        (lambda tree: tree.platform("cpu"), "serial", False),
+        (lambda tree: tree.version("0.19.1"), "dual_stream", True),
+    ],
+    ids=["all well", "cpu", "serial", "refused"],
+)
+def test_where_strict_will_stop_the_engine_the_advice_says_so(
+    installed: Any, plugin: Any, report: Any, change: Any, strategy: str, stops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRICT", "1")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", strategy)
+    change(installed)
+    assert ("unset VLLM_GDN_PLUGIN_STRICT" in report()[1]["what_to_do"]) == stops
+    with pytest.raises(RuntimeError, match="STRICT=1") if stops else nullcontext():
+        plugin.register(), plugin.import_gdn()
+
+
 def test_a_setting_that_cannot_be_read_is_a_warning(
     installed: Any, report: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +298,7 @@ def test_require_is_not_met_where_the_plugin_is_left_out(
 def test_a_device_without_a_name_is_no_obstacle(installed: Any, report: Any) -> None:
     installed.edit("vllm.platforms", ('return "Stub Device"', "raise OSError('no driver')"))
     code, found = report()
-    assert (code, found["platform"], found["device"]) == (0, "cuda", "not known: no driver")
+    assert (code, found["platform"], found["device"]) == (0, "cuda", "not known: OSError: no driver")
 
 
 @pytest.mark.parametrize("stream", [None, "ext://sys.stdout"])
@@ -308,6 +353,17 @@ def test_sources_that_are_not_installed(tree: Any, report: Any, isolated: None) 
     assert "vllm" not in sys.modules
 
 
+@pytest.mark.parametrize("options", [("--vllm-source",), ("--vllm-version", "0.32.0", "--vllm-source")], ids=len)
+def test_serial_is_serial_also_where_vllm_is_not_installed(
+    tree: Any, report: Any, options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "serial")
+    code, found = report(*options, str(tree.root))
+    assert (code, found["status"], found["strategy"]) == (1, "serial", "serial")
+    assert found["reason"] == "serial was asked for"
+    assert report("--require", "serial", *options, str(tree.root))[0] == 0
+
+
 def empty_wheel(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("other/envs.py", "")
@@ -331,6 +387,13 @@ def test_a_path_that_holds_no_sources(tmp_path: Path, run: Any, make: Any, told:
     assert errors.count("\n") == 1
     assert str(path) in errors
     assert told in errors
+
+
+@pytest.mark.parametrize("path", ["a" * 5000, "a/" * 5000, "a\0b", ""], ids=["long", "deep", "NUL", "empty"])
+def test_a_path_that_cannot_be_a_path(tmp_path: Path, run: Any, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, errors = run("check", "--vllm-source", path)
+    assert (code, out, errors.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import vllm_gdn_plugin
 from vllm_gdn_plugin.check import open_source
 from vllm_gdn_plugin.contract import GDN_CLASSES, HELPERS, UPSTREAM_OVERLAP, check_contract
 
@@ -51,6 +55,10 @@ ACCEPTED = {
         BA, "if self.prefix:", f"    {BA.strip()}", "else:", f"    {BA.strip()}", "    ba = ba + 1"
     ),
     "calls below with": instead_of(BA, "with self.prefix:", f"    {BA.strip()}"),
+    "calls below with, and an end there": instead_of(BA, "with self.prefix:", f"    {BA.strip()}", "    return ba"),
+    "a return in a nested function": after(SIZE, "def rest():", "    return num_tokens"),
+    "a loop that may return after both calls": after(BA, "for item in ba:", "    return item"),
+    "hasattr(self, ...)": after(BA, "if hasattr(self, 'norm'):", "    ba = self.norm"),
     "an early end after both calls": after(BA, "if self.fused_decode:", "    raise ValueError"),
     "annotations and a default": [(FORWARD, "def forward_cuda(self, hidden_states: list, output: list = ()) -> list:")],
     "a helper that knows nothing of the projections": after(BA, "ba = self.split_qkvz(ba)"),
@@ -82,9 +90,33 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
         instead_of(BA, "ba, _ = self.in_proj_ba(hidden_states) if num_tokens else (0, 0)"),
         "self.in_proj_ba(hidden_states)",
     ),
+    "a call in a list": (
+        instead_of(BA, "ba, _ = [self.in_proj_ba(hidden_states) for _ in range(3)][-1]"),
+        "self.in_proj_ba(hidden_states) is called 2",
+    ),
+    "a call in a generator": (instead_of(BA, "ba = max(self.in_proj_ba(hidden_states) for _ in 'ab')"), "is called 2"),
+    "a call in an async function": (
+        instead_of(BA, "async def ba():", "    return self.in_proj_ba(hidden_states)"),
+        "self.in_proj_ba(hidden_states) is called 2",
+    ),
+    "a call in a class": (instead_of(BA, "class Ba:", f"    {BA.strip()}"), "in_proj_ba(hidden_states) is called 2"),
+    "a call in one case": (
+        instead_of(BA, "match num_tokens:", "    case 0:", "        pass", "    case _:", f"        {BA.strip()}"),
+        "self.in_proj_ba(hidden_states) is called 2",
+    ),
     "a call behind or": (instead_of(BA, "ba = mixed_qkvz or self.in_proj_ba(hidden_states)"), "in_proj_ba"),
     "a call in one branch": (instead_of(BA, "if num_tokens:", f"    {BA.strip()}"), "is called 0 or 1 times"),
     "an early return before it": (after(QKVZ, "if not num_tokens:", "    return None"), "in_proj_ba(hidden_states) is"),
+    "an early return in try": (
+        after(QKVZ, "try:", "    return None", "finally:", "    pass"),
+        "in_proj_ba(hidden_states) is called 0 or 1",
+    ),
+    "an early return in a loop": (after(QKVZ, "for i in 'ab':", "    return i"), "ba(hidden_states) is called 0 or 1"),
+    "an early return in while": (after(QKVZ, "while self.prefix:", "    return 1"), "hidden_states) is called 0 or 1"),
+    "an early return in a case": (
+        after(QKVZ, "match num_tokens:", "    case 0:", "        return None"),
+        "in_proj_ba(hidden_states) is called 0 or 1",
+    ),
     "an early raise before both": (after(SIZE, "if not num_tokens:", "    raise ValueError"), "in_proj_qkvz(hidden_s"),
     "forward_cpu calls twice": ([(CPU_BA, CPU_BA * 2)], "forward_cpu: self.in_proj_ba(hidden_states) is called 2"),
     # what else is done with them
@@ -118,7 +150,33 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
     "an item": (after(BA, "first = hidden_states[0]"), "uses hidden_states for more than"),
     "closed over": (after(BA, "rest = lambda: hidden_states"), "uses hidden_states for more than"),
     "returned": ([("return self._output_projection([num_t", "return hidden_states, ([num_t")], "uses hidden_states"),
+    # what else is done with self: a stand-in for the layer serves nothing but reads
+    "super()": (after(BA, "super().forward(ba)"), "uses super for more than reading an attribute"),
+    "an attribute is set": (after(BA, "self.warmed_up = True"), "uses self for more than reading an attribute"),
+    "an attribute is counted up": (after(BA, "self.calls += 1"), "uses self for more than reading an attribute"),
+    "an attribute is deleted": (after(BA, "del self.cache"), "uses self for more than reading an attribute"),
+    "self is passed on": (after(BA, "warm_up(self)"), "uses self for more than reading an attribute"),
+    "self is passed on by name": (after(BA, "warm_up(layer=self)"), "uses self for more than reading an attribute"),
+    "a projection by getattr": (after(BA, "w = getattr(self, 'in_proj_ba').weight"), "uses self for more than"),
+    "self gets a second name": (after(BA, "layer = self"), "uses self for more than reading an attribute"),
     # signatures, methods and the class
+    **{
+        f"forward_cuda is a {name}": ([(FORWARD, f"@{name}\n    {FORWARD}")], "forward_cuda is not one plain method")
+        for name in ("torch.compile", "staticmethod", "property")
+    },
+    "forward_cpu is decorated": ([("def forward_cpu", "@property\n    def forward_cpu")], "forward_cpu is not one plain"),
+    "forward_cuda is bound again": (
+        [("    def split_qkvz", "    forward_cuda = ChunkRule.forward_cuda\n\n    def split_qkvz")],
+        "forward_cuda is not one plain method",
+    ),
+    "forward_cuda is bound again in a branch": (
+        [("    def split_qkvz", "    if CAPABILITY:\n        from other import forward_cuda\n\n    def split_qkvz")],
+        "forward_cuda is not one plain method",
+    ),
+    "the class is defined again": (
+        [("class ChunkRule:", f"class {CLASS}:\n    pass\n\n\nclass ChunkRule:")],
+        "there is more than one class",
+    ),
     "a further argument": ([(FORWARD, "def forward_cuda(self, hidden_states, output, extra):")], "output, extra)"),
     "a renamed argument": ([(FORWARD, "def forward_cuda(self, x):")], "forward_cuda: its arguments are (self, x)"),
     "a keyword-only argument": ([(FORWARD, "def forward_cuda(self, hidden_states, *, out=None):")], "*, out=None)"),
@@ -144,12 +202,31 @@ def test_a_change_of_the_layer_is_caught_and_named(tree: Any, edits: list[tuple[
     assert "\n" not in contract.reason
 
 
-@pytest.mark.parametrize("source", [b"\xff\xfe\x00", b"\0", b"", b"x = (", b"# coding: nonsense\n", b"class A:\n"])
+HOSTILE = {
+    "not UTF-8": b"\xff\xfe\x00",
+    "NUL": b"\0",
+    "empty": b"",
+    "open": b"x = (",
+    "coding": b"# coding: nonsense\n",
+    "no body": b"class A:\n",
+    "many minuses": b"a = " + b"-" * 200_000 + b"1",
+    "many brackets": b"(" * 300,
+    "many dots": b"a" + b".b" * 100_000,
+    "many pluses": b"a = " + b"1+" * 100_000 + b"1",
+}
+
+
+@pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
 def test_no_content_raises(tree: Any, source: bytes) -> None:
     tree.write(GDN, source)
     tree.write("vllm.logger", source)
     contract = check_contract(tree.package)
     assert GDN in contract.reason
+
+
+def test_a_layer_too_deep_to_be_followed_is_not_as_expected(tree: Any) -> None:
+    tree.edit(GDN, *after(BA, f"ba = ba{'.b' * 900}(ba)"))
+    assert f"the source of {GDN} cannot be read: RecursionError" in check_contract(tree.package).reason
 
 
 def test_every_breach_is_named_not_only_the_first(tree: Any) -> None:
@@ -183,6 +260,48 @@ def test_a_missing_helper_module_is_named(tree: Any, module: str, broken: str | 
     else:
         tree.write(module, broken)
     assert check_contract(tree.package).breaches == (f"there is no readable module {module}",)
+
+
+def test_every_name_that_is_imported_from_vllm_is_part_of_the_contract() -> None:
+    used = {
+        (node.module, alias.name)
+        for file in Path(vllm_gdn_plugin.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("vllm.")
+        for alias in node.names
+    }
+    lazy = {("vllm.platforms", "current_platform")}  # made by a module's __getattr__: no source tells that it is there
+    assert used - lazy <= {(module, name.partition(".")[0]) for module, name in HELPER_NAMES}
+    assert lazy < used
+
+
+BINDINGS = {
+    "in except": "try:\n    import x\nexcept ImportError:\n    def init_logger(name): pass\n",
+    "in else": "try:\n    import x\nexcept ImportError:\n    raise\nelse:\n    def init_logger(name): pass\n",
+    "in finally": "try:\n    pass\nfinally:\n    def init_logger(name): pass\n",
+    "in with": "with x:\n    def init_logger(name): pass\n",
+    "imported": "from other import init_logger\n",
+    "imported as": "from other import make as init_logger\n",
+    "a module": "import init_logger\n",
+    "a chain": "a = init_logger = print\n",
+    "a tuple": "(init_logger, b) = 1, 2\n",
+    "a starred tuple": "a, (*init_logger, b) = 1, 2\n",
+    "annotated": "init_logger: object = print\n",
+}
+
+
+@pytest.mark.parametrize("source", BINDINGS.values(), ids=BINDINGS)
+def test_a_helper_may_be_bound_in_any_way(tree: Any, source: str) -> None:
+    tree.write("vllm.logger", source)
+    assert check_contract(tree.package).breaches == ()
+
+
+@pytest.mark.parametrize(
+    "source", ["from init_logger import x\n", "from x import init_logger as x\n", "def f():\n    init_logger = 1\n"]
+)
+def test_a_name_that_is_only_mentioned_is_no_helper(tree: Any, source: str) -> None:
+    tree.write("vllm.logger", source)
+    assert check_contract(tree.package).breaches == ("there is no vllm.logger.init_logger",)
 
 
 STREAM = "self.stream = aux_stream()"
@@ -228,3 +347,24 @@ def test_a_wheel_gives_what_its_tree_gives(tree: Any, edits: list[tuple[str, str
     assert check_contract(open_source(str(tree.wheel()))) == from_tree
     assert check_contract(open_source(str(tree.root))) == from_tree
     assert from_tree.holds == (not edits)
+
+
+def overwrite_the_data(wheel: bytearray) -> None:
+    name = b"qwen_gdn_linear_attn.py"
+    start = wheel.find(name) + len(name)
+    wheel[start : start + 20] = b"x" * 20
+
+
+def move_the_directory(wheel: bytearray) -> None:
+    end = wheel.rfind(b"PK\x05\x06")
+    wheel[end + 16 : end + 20] = b"\1\0\0\0"
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+@pytest.mark.parametrize("damage", [overwrite_the_data, move_the_directory], ids=["its data", "its directory"])
+def test_a_damaged_wheel_is_not_as_expected(tree: Any, damage: Any, compression: int) -> None:
+    path = tree.wheel(compression)
+    wheel = bytearray(path.read_bytes())
+    damage(wheel)
+    path.write_bytes(wheel)
+    assert f"the source of {GDN} cannot be read: " in check_contract(open_source(str(path))).reason

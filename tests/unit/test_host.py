@@ -35,7 +35,7 @@ def ours(plugin: Any) -> Any:
 def seen(ours: Any, plugin: Any, **changes: Any) -> dict[str, Any]:
     """The facts about a layer; a change names an attribute of the layer or of vLLM's config by its path."""
     layer = plugin.import_gdn()()
-    roots = {"layer": layer, "config": plugin.vllm("config").config, "envs": plugin.vllm("envs")}
+    roots = {"layer": layer, "config": plugin.vllm("config.vllm").config, "envs": plugin.vllm("envs")}
     for linear in (layer.in_proj_qkvz, layer.in_proj_ba):
         linear.weight = SimpleNamespace(device="cuda:0")
     for path, value in changes.items():
@@ -48,7 +48,7 @@ def seen(ours: Any, plugin: Any, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_plain_layer(ours: Any, plugin: Any) -> None:
-    projection = {"linear_method": "UnquantizedLinearMethod", "quantized": False, "dtype": "bfloat16", "plain": True}
+    projection = {"linear_method": "UnquantizedLinearMethod", "dtype": "bfloat16", "plain": True}
     assert seen(ours, plugin) == {
         "platform": "cuda",
         "qkvz": projection | {"output_size": 6},
@@ -70,11 +70,7 @@ def test_a_plain_layer(ours: Any, plugin: Any) -> None:
         ("layer.in_proj_ba.gather_output", True, {"ba.plain": False}),
         ("layer.in_proj_ba.return_bias", False, {"ba.plain": False}),
         ("layer.in_proj_ba.params_dtype", "torch.float32", {"ba.dtype": "float32"}),
-        (
-            "layer.in_proj_qkvz.quant_method",
-            Fp8LinearMethod(),
-            {"qkvz.linear_method": "Fp8LinearMethod", "qkvz.quantized": True},
-        ),
+        ("layer.in_proj_qkvz.quant_method", Fp8LinearMethod(), {"qkvz.linear_method": "Fp8LinearMethod"}),
         (
             "layer.in_proj_ba.quant_method._gemm_impl",
             own_gemm,

@@ -75,6 +75,68 @@ def test_a_class_that_is_already_there_is_replaced_at_once(plugin: Any) -> None:
     assert sys.meta_path == finders
 
 
+def import_the_old_module(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module(OLD_GDN)
+
+
+def import_a_shim(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.tree.write(OLD_GDN, f"from {GDN} import {CLASS} as {GDN_CLASSES[OLD_GDN]}\n")
+    importlib.import_module(OLD_GDN)
+
+
+def import_a_shim_of_its_own(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.tree.write(OLD_GDN, f"class {GDN_CLASSES[OLD_GDN]}:\n    pass\n")
+    importlib.import_module(OLD_GDN)
+
+
+def fail_once(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = plugin.tree.path(GDN).read_text()
+    plugin.tree.write(GDN, "raise RuntimeError('interrupted')")
+    with pytest.raises(RuntimeError, match="interrupted"):
+        importlib.import_module(GDN)
+    plugin.tree.write(GDN, source)
+    importlib.invalidate_caches()
+
+
+def register_after_a_shim(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_a_shim_of_its_own(plugin, monkeypatch)
+    plugin.register()
+
+
+BEFORE_THE_LAYER = {
+    "find_spec": lambda plugin, monkeypatch: importlib.util.find_spec(GDN),
+    "the old module": import_the_old_module,
+    "a shim of the old module": import_a_shim,
+    "another class in the old module": import_a_shim_of_its_own,
+    "the old module is there already": register_after_a_shim,
+    "a failed import": fail_once,
+}
+
+
+@pytest.mark.parametrize("before", BEFORE_THE_LAYER.values(), ids=BEFORE_THE_LAYER)
+def test_what_comes_before_the_layer_does_not_end_the_watch(
+    plugin: Any, before: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finders = list(sys.meta_path)
+    plugin.register()
+    before(plugin, monkeypatch)
+    stock = plugin.import_gdn()
+    assert list(plugin.replaced) == [CLASS]
+    assert type(stock()) is not stock
+    assert sys.meta_path == finders
+    assert plugin.said == []
+
+
+def test_a_strict_refusal_is_not_used_up_by_the_first_import(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STRICT, "1")
+    plugin.tree.edit(GDN, ("in_proj_ba", "in_proj_gates"))
+    plugin.register()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="in_proj_ba"):
+            plugin.import_gdn()
+
+
 def test_the_hooked_module_is_as_without_the_hook(plugin: Any) -> None:
     def looks(module: Any) -> dict[str, Any]:
         spec = module.__spec__
@@ -256,7 +318,7 @@ def test_whatever_fails_ends_in_one_line(
 
 
 def test_a_layer_that_cannot_be_planned_stays_serial(plugin: Any) -> None:
-    plugin.tree.edit("vllm.config", ("return config", "raise LookupError('no config')"))
+    plugin.tree.edit("vllm.config.vllm", ("return config", "raise LookupError('no config')"))
     plugin.register()
     layers = [plugin.import_gdn()() for _ in range(2)]
     assert [layer.gdn_strategy for layer in layers] == ["serial", "serial"]
@@ -269,7 +331,7 @@ def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monk
     monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "dual_stream")
     monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "7")
     plugin.register()
-    layers = [plugin.import_gdn()() for _ in range(3)]
+    layers = [plugin.import_gdn()(f"layers.{i}") for i in range(3)]
     for layer in layers:
         assert (layer.gdn_strategy, layer.gdn_max_tokens, layer.gdn_safe_pair) == ("dual_stream", 7, True)
     assert plugin.said == [], "until then a loader can still change a layer"
@@ -282,32 +344,45 @@ def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monk
     assert "dual_stream" in plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"]
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(plugin: Any, in_place: bool) -> None:
+IN_PLACE = {
+    (True, True): ([("info", "fused on 2 of 2 GDN layers")], "fused"),
+    (True, False): ([("info", "fused on 2 of 2 GDN layers"), ("warning", "the loader replaced a wei")], "fused+serial"),
+    (False, True): ([("warning", "the loader replaced a weight"), ("info", "fused on 1 of 2 GDN la")], "fused+serial"),
+    (False, False): ([("warning", "the loader replaced a weight")], "serial"),
+}
+"""For each of two layers whether its weights are still in place when they are loaded: what is said, and the state."""
+
+
+@pytest.mark.parametrize(("in_place", "said", "state"), [(key, *value) for key, value in IN_PLACE.items()])
+def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(
+    plugin: Any, in_place: tuple[bool, ...], said: list[tuple[str, str]], state: str
+) -> None:
     plugin.tree.edit(
         "vllm.model_executor.layers.linear",
         ("class Merged", "class Weight:\n    device = 'cuda:0'\n\n\nclass Merged"),
         ("        self.quant_method", "        self.weight = Weight()\n        self.quant_method"),
     )
     fused = ModuleType("vllm_gdn_plugin.fused")
-    fused.FusedProjections = lambda qkvz, ba: SimpleNamespace(  # type: ignore[attr-defined]
-        both=(qkvz, ba), padding=8, is_loaded=lambda: in_place
-    )
+    fused.FusedProjections = lambda qkvz, ba: SimpleNamespace(both=(qkvz, ba), padding=8)  # type: ignore[attr-defined]
     sys.modules[fused.__name__] = fused
     plugin.register()
-    layer = plugin.import_gdn()()
-    assert (layer.gdn_strategy, layer.gdn_padding) == ("fused", 8)
-    assert layer.gdn_fused.both == (layer.in_proj_qkvz, layer.in_proj_ba)
+    layers = [plugin.import_gdn()(f"layers.{i}") for i in range(2)]
+    for layer, still in zip(layers, in_place, strict=True):
+        assert (layer.gdn_strategy, layer.gdn_padding) == ("fused", 8)
+        assert layer.gdn_fused.both == (layer.in_proj_qkvz, layer.in_proj_ba)
+        layer.gdn_fused.is_loaded = lambda still=still: still
 
-    layer.quant_method.process_weights_after_loading(layer)
-    ((level, message),) = plugin.said
-    assert (layer.gdn_strategy, level) == (("fused", "info") if in_place else ("serial", "warning"))
-    assert ("fused on 1 of 1 GDN layers" if in_place else "the loader replaced a weight") in message
+    for layer in layers:
+        layer.quant_method.process_weights_after_loading(layer)
+    assert [layer.gdn_strategy for layer in layers] == ["fused" if still else "serial" for still in in_place]
+    assert levels(plugin) == [level for level, _ in said]
+    assert all(told in message for (_, told), (_, message) in zip(said, plugin.said, strict=True))
+    assert plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"] == f"{vllm_gdn_plugin.__version__} {state}"
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 def test_a_rule_that_a_layer_breaks_is_said_once(plugin: Any, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    plugin.tree.edit("vllm.config", ("lora_config=None", "lora_config=1"))
+    plugin.tree.edit("vllm.config.vllm", ("lora_config=None", "lora_config=1"))
     monkeypatch.setenv(STRICT, str(int(strict)))
     plugin.register()
     stock = plugin.import_gdn()
@@ -351,6 +426,28 @@ def test_one_rank_speaks_for_all(plugin: Any) -> None:
     stock = plugin.import_gdn()
     assert type(stock()) is stock
     assert plugin.said == []
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "version"),
+    [
+        ("vllm.logger", "init_logger", "0.32.0"),
+        ("vllm.logger", "init_logger", "0.19.1"),
+        ("vllm.distributed.parallel_state", "is_global_first_rank", "0.32.0"),
+    ],
+)
+def test_a_host_without_a_voice_is_left_alone_all_the_same(
+    plugin: Any, module: str, name: str, version: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin.tree.edit(module, (name, "renamed"))
+    plugin.tree.version(version)
+    plugin.register()
+    stock = plugin.import_gdn()
+    assert type(stock()) is stock
+    said = plugin.said + [(record.levelname.lower(), record.getMessage()) for record in caplog.records]
+    ((level, message),) = said
+    assert level == "warning"
+    assert (name if version == "0.32.0" else f"vLLM {version}") in message
 
 
 def test_every_setting_and_the_plugin_itself_are_part_of_the_compile_cache_key(

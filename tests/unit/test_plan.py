@@ -20,10 +20,10 @@ from vllm_gdn_plugin.plan import (
     platform_plan,
 )
 
-BA = ProjectionFacts(UNQUANTIZED, False, "bfloat16", 64)
-FP8 = ProjectionFacts("Fp8LinearMethod", True, "bfloat16", 12288)
+BA = ProjectionFacts(UNQUANTIZED, "bfloat16", 64)
+FP8 = ProjectionFacts("Fp8LinearMethod", "bfloat16", 12288)
 MADE_FOR = {
-    FUSED: LayerFacts("cuda", ProjectionFacts(UNQUANTIZED, False, "bfloat16", 12288), BA, "bfloat16"),
+    FUSED: LayerFacts("cuda", ProjectionFacts(UNQUANTIZED, "bfloat16", 12288), BA, "bfloat16"),
     DUAL_STREAM: LayerFacts("cuda", FP8, BA, "bfloat16"),
 }
 """The layer that each strategy is for: of a bf16 checkpoint, and of an official FP8 one."""
@@ -146,7 +146,6 @@ def test_which_platform_is_left_alone(platform: str, request_: str) -> None:
 PROJECTIONS = st.builds(
     ProjectionFacts,
     linear_method=st.sampled_from([UNQUANTIZED, "Fp8LinearMethod", "GPTQMarlinLinearMethod", "HomemadeMethod"]),
-    quantized=st.booleans(),
     dtype=st.sampled_from(["bfloat16", "float16", "float32", "None"]),
     output_size=st.sampled_from([0, 64, 12288]),
     plain=st.booleans(),

@@ -6,9 +6,9 @@ from packaging.version import Version
 from vllm_gdn_plugin.versions import NEWEST_SERIES, OLDEST, SUPPORTED_RANGE, judge_version
 
 STANDINGS = {
-    "supported": ["0.20.0", "0.20.0+cpu", "0.25.1", "0.33.0+cu130", "0.33.1.dev5+gabc", "0.33.7", OLDEST],
+    "supported": ["0.20.0", "0.20.0+cpu", "0.25.1", "0.33.0+cu130", "0.33.1.dev5+gabc", "0.33.7", "0!0.25.0", OLDEST],
     "older": ["0", "0.19.1", "0.20.0rc1", "0.20.0.dev3", "0.19.1rc1.dev231+g9dd5ee011", "0.9.2"],
-    "newer": ["0.34.0", "0.34.0.dev1", "0.34.0rc1", "0.34.0+cu130", "1.0", "1", "2025.1"],
+    "newer": ["0.34.0", "0.34.0.dev1", "0.34.0rc1", "0.34.0+cu130", "1.0", "1", "2025.1", "1!0.25.0"],
     "unknown": ["dev", "", " ", "garbage", "0.33.x", "v", "0.33.0 (local)", "\n"],
 }
 ADVICE = {"older": "upgrade vLLM", "newer": "upgrade vllm-gdn-plugin", "unknown": "VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1"}
