@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import MODEL_NAME, engine_env, serve
+from serving import MODEL_NAME, ServerFailed, engine_env, serve
 
 ON = {"VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}
 SEPARATE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
@@ -40,8 +40,8 @@ def test_tensor_parallel_size_2(run_generate: Callable[..., Any], witness: Calla
 
 @pytest.fixture(scope="module")
 def answer(models: Callable[[str], Path], scratch: Path, witness: Callable[..., Any]) -> Callable[..., Any]:
-    def ask(**settings: str) -> tuple[Any, str, list[dict[str, Any]]]:
-        env, events = witness()
+    def ask(breaks: str | None = None, **settings: str) -> tuple[Any, str, list[dict[str, Any]]]:
+        env, events = witness(breaks)
         env = engine_env(scratch, **env, **settings)
         with serve(models("qwen3_5"), env=env, args=ENGINE_ARGS) as server:
             body = {"model": MODEL_NAME, "prompt": "Gated delta", "max_tokens": 16, "temperature": 0, "logprobs": 1}
@@ -51,16 +51,41 @@ def answer(models: Callable[[str], Path], scratch: Path, witness: Callable[..., 
     return ask
 
 
-def test_serving_over_http_switched_by_vllm_plugins(answer: Callable[..., Any]) -> None:
-    """VLLM_PLUGINS empty, with another name, and with ours (`witness` is the tests' own observer)."""
-    stock, stock_log, _ = answer(VLLM_PLUGINS="", **ON)
+@pytest.fixture(scope="module")
+def stock_answer(answer: Callable[..., Any]) -> Any:
+    stock, log, _ = answer(VLLM_PLUGINS="", **ON)
+    assert "vllm-gdn-plugin" not in log
+    return stock
+
+
+def test_serving_over_http_switched_by_vllm_plugins(answer: Callable[..., Any], stock_answer: Any) -> None:
+    """VLLM_PLUGINS with another name, and with ours (`witness` is the tests' own observer)."""
     other, other_log, events = answer(VLLM_PLUGINS="witness,no_such_plugin", **ON)
     ours, log, our_events = answer(VLLM_PLUGINS="witness,vllm_gdn_plugin", **ON)
-    assert stock == other == ours
-    assert "vllm-gdn-plugin" not in stock_log + other_log
+    assert stock_answer == other == ours
+    assert "vllm-gdn-plugin" not in other_log
     assert not processes(events, "dual_stream op called")
     assert processes(our_events, "plugins loaded") >= {"main", "EngineCore", "VllmWorker"}
     assert processes(our_events, "dual_stream op called") == {"VllmWorker"}
     lines = [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
     assert len(lines) == 1
     assert "dual_stream on 3 of 3 GDN layers (platform cpu, vLLM " in lines[0]
+
+
+@pytest.mark.parametrize("step", ["contract", "layer_facts"])
+def test_a_server_works_where_the_plugin_refuses_or_fails(
+    answer: Callable[..., Any], stock_answer: Any, step: str
+) -> None:
+    got, log, _ = answer(step, **ON)
+    assert got == stock_answer
+    lines = [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
+    assert len(lines) == 1
+    assert "steps aside, vLLM runs as it is" in lines[0]
+
+
+def test_strict_stops_the_server_with_one_clear_message(answer: Callable[..., Any], scratch: Path) -> None:
+    with pytest.raises(ServerFailed, match="the server stopped"):
+        answer("contract", **ON, VLLM_GDN_PLUGIN_STRICT="1")
+    log = max((scratch / "tmp").glob("server-*.log"), key=lambda path: path.stat().st_mtime).read_text()
+    message = "the engine stops, as VLLM_GDN_PLUGIN_STRICT=1 asks: this vLLM is not as the plugin expects it: planted"
+    assert log.count(message) == 1

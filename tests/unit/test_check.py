@@ -360,7 +360,7 @@ def test_serial_is_serial_also_where_vllm_is_not_installed(
     monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "serial")
     code, found = report(*options, str(tree.root))
     assert (code, found["status"], found["strategy"]) == (1, "serial", "serial")
-    assert found["reason"] == "serial was asked for"
+    assert "serial was asked for" in found["reason"]
     assert report("--require", "serial", *options, str(tree.root))[0] == 0
 
 

@@ -164,7 +164,7 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
         f"forward_cuda is a {name}": ([(FORWARD, f"@{name}\n    {FORWARD}")], "forward_cuda is not one plain method")
         for name in ("torch.compile", "staticmethod", "property")
     },
-    "forward_cpu is decorated": ([("def forward_cpu", "@property\n    def forward_cpu")], "forward_cpu is not one plain"),
+    "forward_cpu is decorated": ([("def forward_cpu", "@cache\n    def forward_cpu")], "forward_cpu is not one plain"),
     "forward_cuda is bound again": (
         [("    def split_qkvz", "    forward_cuda = ChunkRule.forward_cuda\n\n    def split_qkvz")],
         "forward_cuda is not one plain method",

@@ -16,6 +16,8 @@ from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
 STYLES = {DUAL_STREAM: ("tab:blue", "-"), FUSED: ("tab:orange", "-"), QKVZ: ("tab:gray", "--")}
 LABELS = {QKVZ: "qkvz alone"}
 COLUMNS = 4
+MARGIN = 0.05
+"""The lines fit the panels with this much room; a band may be cut off, so that one outlier does not flatten all."""
 
 
 def plot(run: Run, path: Path) -> None:
@@ -25,13 +27,14 @@ def plot(run: Run, path: Path) -> None:
     rows = -(-len(panels) // columns)
     size = (3.4 * columns + 0.6, 2.8 * rows + 0.8)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    middles = [1.0]
     for axis, (shape, points) in zip(axes.flat, panels, strict=False):
-        _panel(axis, points)
+        middles += _panel(axis, points)
         name = shape.name.replace(" and ", "\nand ")
         axis.set_title(f"{name}, TP {shape.tensor_parallel_size}", fontsize=8)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    figure.supxlabel("tokens", fontsize=9)
+    axes.flat[0].set_ylim(min(middles) - MARGIN, max(middles) + MARGIN)
     figure.supylabel("time, serial = 1", fontsize=9)
     figure.suptitle(f"{run.machine.hardware}, {run.precision}", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -40,15 +43,20 @@ def plot(run: Run, path: Path) -> None:
     plt.close(figure)
 
 
-def _panel(axis: "plt.Axes", points: list[Point]) -> None:
+def _panel(axis: "plt.Axes", points: list[Point]) -> list[float]:
+    """Draw one shape; returns the medians."""
+    middles = []
     tokens = [point.tokens for point in points]
     axis.axhline(1.0, color="black", linewidth=0.8, label=SERIAL)
     for name, (color, line) in STYLES.items():
         if name not in points[0].samples_us:
             continue
         found = [summary(ratios(point.samples_us[name], point.samples_us[SERIAL])) for point in points]
+        middles += [f.median for f in found]
         axis.plot(tokens, [f.median for f in found], line, color=color, marker=".", label=LABELS.get(name, name))
         axis.fill_between(tokens, [f.low for f in found], [f.high for f in found], color=color, alpha=0.25, lw=0)
     axis.set_xscale("log", base=2)
+    axis.set_xlabel("tokens", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.3)
+    return middles
