@@ -61,8 +61,8 @@ LORA_PROJECTION = "in_proj_qkv"
 """0.20 has a branch ``if hasattr(self, "in_proj_qkv")`` for LoRA; the plugin never takes it."""
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, RecursionError, MemoryError, zipfile.BadZipFile, zlib.error)
-"""What reading and parsing a source can raise, be it missing, damaged or hostile."""
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+"""What reading and parsing a source can raise, be it missing, damaged, encrypted or hostile (RecursionError)."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ def check_contract(package: "Traversable") -> Contract:
     try:
         classes = [n for n in _parse(package, module).body if isinstance(n, ast.ClassDef) and n.name == class_name]
         if len(classes) != 1:
-            found = "no class" if not classes else f"more than one class {class_name}"
-            return Contract(module, class_name, (f"there is {found} {class_name} in {module}",))
+            found = "no" if not classes else "more than one"
+            return Contract(module, class_name, (f"there is {found} class {class_name} in {module}",))
         breaches = _layer_breaches(classes[0])
         superseded = _overlaps_by_itself(classes[0], breaches)
         return Contract(module, class_name, (*breaches, *_missing_helpers(package)), superseded)
@@ -233,7 +233,8 @@ def _calls_by_path(body: list[ast.stmt], name: str) -> set[tuple[int, bool]]:
                 for count, ended in _calls_by_path(branch, name)
             }
         elif isinstance(statement, ast.With):
-            inner = _calls_by_path(statement.body, name)
+            entered = sum(_calls_in(item, name) for item in statement.items)
+            inner = {(entered + count, ended) for count, ended in _calls_by_path(statement.body, name)}
         else:
             calls = _calls_in(statement, name)
             inner = {(calls, isinstance(statement, (ast.Return, ast.Raise)))}
@@ -260,7 +261,7 @@ CERTAIN = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Assert, ast.Expr, ast.I
 UNSURE = (
     *NESTED,
     *(kind for kind in ast.stmt.__subclasses__() if kind not in (*CERTAIN, *NESTED)),
-    *(ast.IfExp, ast.BoolOp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
+    *(ast.IfExp, ast.BoolOp, ast.Compare, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp),
 )
 """Where a call may run never, or many times."""
 
@@ -273,7 +274,8 @@ def _is_allowed_use(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:
     parent = parents.get(node)
     if any(_is_call_of(parent, name) for name in PROJECTIONS):
         return True
-    return isinstance(node.ctx, ast.Load) and isinstance(parent, ast.Attribute) and parent.attr in SHAPE_ONLY
+    reads = isinstance(parent, ast.Attribute) and isinstance(parent.ctx, ast.Load)
+    return isinstance(node.ctx, ast.Load) and reads and getattr(parent, "attr", "") in SHAPE_ONLY
 
 
 def _reads_attribute(node: ast.Name, parents: dict[ast.AST, ast.AST]) -> bool:

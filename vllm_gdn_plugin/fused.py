@@ -9,6 +9,10 @@ ROW_ALIGNMENT = 16
 the row stride is divisible by 16."""
 
 
+SAME = 0.01
+"""Two results of the same weights in bf16 differ by less than this share of their norm."""
+
+
 class FusedProjections:
     """Stands in for one linear layer whose weight holds ``in_proj_qkvz`` above ``in_proj_ba``.
 
@@ -31,12 +35,14 @@ class FusedProjections:
             block.copy_(linear.weight.data)
             linear.weight.data = block
         self.weight = torch.nn.Parameter(storage, requires_grad=False)
-        self._where = tuple((block.data_ptr(), block.shape) for block in blocks[:2])
+        self._where = tuple(_whereabouts(block) for block in blocks[:2])
         self._packed: tuple[Any, Any] | None = None
         self._loaded = False
         self.broken = False
 
     def __getattr__(self, name: str) -> Any:
+        if name == "qkvz":  # not yet there, as in a copy that is being made
+            raise AttributeError(name)
         return getattr(self.qkvz, name)
 
     def is_loaded(self) -> bool:
@@ -50,9 +56,16 @@ class FusedProjections:
         self._loaded = True
         return True
 
-    def why_broken(self, hidden_states: torch.Tensor) -> str | None:
-        """Why the one weight no longer stands for both, or None. Asked before every GEMM; no kernel is launched."""
-        if self._is_in_place() or (self.qkvz.weight.numel() == 0 and self._is_as_packed(hidden_states)):
+    def why_broken(self, layer: Any, hidden_states: torch.Tensor) -> str | None:
+        """Why the one weight no longer stands for the layer's projections, or None.
+
+        Asked before every GEMM; launches no kernel once the first was asked.
+        """
+        if layer.in_proj_qkvz is not self.qkvz or layer.in_proj_ba is not self.ba:
+            return "in_proj_qkvz or in_proj_ba was replaced after loading"
+        if self.qkvz.bias is not None or self.ba.bias is not None:
+            return "in_proj_qkvz or in_proj_ba was given a bias after loading"
+        if self._is_in_place() or self._is_as_packed(layer, hidden_states):
             return None
         return "the weight of in_proj_qkvz or in_proj_ba was replaced or moved after loading"
 
@@ -60,22 +73,31 @@ class FusedProjections:
         """Both projections of ``hidden_states`` (num_tokens, hidden_size): (num_tokens, qkvz + ba + padding)."""
         return self.qkvz.quant_method.apply(self, hidden_states)
 
-    def apply_serially(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What :meth:`apply` gives, from the two projections themselves: always right, never fast."""
-        qkvz, ba = self.qkvz(hidden_states)[0], self.ba(hidden_states)[0]
+    def apply_serially(self, layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What :meth:`apply` gives, from the layer's projections as they are now: always right, never fast."""
+        qkvz, ba = layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0]
         return torch.cat([qkvz, ba, ba.new_zeros((ba.shape[0], self.padding))], dim=-1)
 
     def _is_in_place(self) -> bool:
         weights = (self.qkvz.weight, self.ba.weight)
-        return all((w.data_ptr(), w.shape) == where for w, where in zip(weights, self._where, strict=True))
+        return all(w is not None and _whereabouts(w) == where for w, where in zip(weights, self._where, strict=True))
 
-    def _is_as_packed(self, hidden_states: torch.Tensor) -> bool:
-        """Whether both hold the packed weights (vLLM's ``cpu_linear``) they had at first use.
+    def _is_as_packed(self, layer: Any, hidden_states: torch.Tensor) -> bool:
+        """Whether both hold the packed weights (vLLM's ``cpu_linear``) that they had at the first call.
 
-        Packing drops the weight, so the first use compares the results once; from then on the objects count.
+        Packing drops the weights, so the first call compares the results; from then on the objects count.
         """
         now = (getattr(self.qkvz, "cpu_linear", None), getattr(self.ba, "cpu_linear", None))
+        if None in now or any(linear.weight is None or linear.weight.numel() for linear in (self.qkvz, self.ba)):
+            return False
         if self._packed is None:
-            both, one_by_one = self.apply(hidden_states), self.apply_serially(hidden_states)
-            self._packed = now if torch.allclose(both, one_by_one, rtol=0.05, atol=0.05) else (None, None)
-        return all(one is other is not None for one, other in zip(now, self._packed, strict=True))
+            sizes = [*self.sizes, self.padding]
+            both, one_by_one = self.apply(hidden_states), self.apply_serially(layer, hidden_states)
+            pairs = zip(both.double().split(sizes, -1), one_by_one.double().split(sizes, -1), strict=True)
+            same = all((one - other).norm() <= SAME * other.norm() for one, other in pairs)
+            self._packed = now if same else (None, None)
+        return all(one is other for one, other in zip(now, self._packed, strict=True))
+
+
+def _whereabouts(weight: torch.Tensor) -> tuple[object, ...]:
+    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype

@@ -221,6 +221,9 @@ class _LoaderWithStep(Loader):
         self.loader = loader
         self.watch = watch
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 

@@ -89,14 +89,15 @@ def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerN
     Returns:
         (num_tokens, size), contiguous, in the dtype of ``hidden_states``: qkvz, ba, padding.
     """
-    fused = host.layer_by_name(layer_name).gdn_fused
+    layer = host.layer_by_name(layer_name)
+    fused = layer.gdn_fused
     if not fused.broken:
-        reason = fused.why_broken(hidden_states)
+        reason = fused.why_broken(layer, hidden_states)
         if reason is None:
             return fused.apply(hidden_states)
         fused.broken = True
         host.warn_once(f"a GDN layer goes back to serial: {reason}")
-    return fused.apply_serially(hidden_states)
+    return fused.apply_serially(layer, hidden_states)
 
 
 def _fake_fused(hidden_states: torch.Tensor, size: int, layer_name: LayerNameType) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Fused on the CPU: as exact as the two projections, never on a stale weight, only where its conditions hold."""
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -78,7 +79,7 @@ def test_as_exact_as_the_two_projections(make_layer: Callable[..., Layer], model
     load(layer, fused)
     for num_tokens in TOKENS:
         x = torch.randn(num_tokens, hidden, dtype=torch.bfloat16)
-        assert fused.why_broken(x) is None
+        assert fused.why_broken(layer, x) is None
         qkvz, ba, _ = fused.apply(x).split([*sizes, fused.padding], dim=-1)
         ours = qkvz[:, columns], ba
         theirs = layer.in_proj_qkvz(x)[0][:, columns], layer.in_proj_ba(x)[0]
@@ -234,8 +235,25 @@ def resize(layer: Any, name: str) -> None:
     qkvz.data, ba.data = qkvz.data[:-1], torch.cat([qkvz.data[-1:] + 1, ba.data])
 
 
+def restride(layer: Any, name: str) -> None:
+    """The same bytes at the same place in the same shape, read in another order."""
+    weight = getattr(layer, name).weight
+    weight.data = weight.data.as_strided(weight.shape, (1, weight.shape[0]))
+
+
+def replace_projection(layer: Any, name: str) -> None:
+    old = getattr(layer, name)
+    setattr(layer, name, Projection(HIDDEN, old.out_features, bias=False).requires_grad_(False))
+
+
+def give_a_bias(layer: Any, name: str) -> None:
+    linear = getattr(layer, name)
+    linear.bias = torch.nn.Parameter(torch.randn(linear.out_features), requires_grad=False)
+
+
 MOVES = [
     *((move, name) for move in (replace_data, replace_parameter, move_then_write) for name in ("qkvz", "ba")),
+    *((move, name) for move in (restride, replace_projection, give_a_bias) for name in ("qkvz", "ba")),
     *((move, "qkvz") for move in (move_to_the_neighbour, swap, resize)),
 ]
 
@@ -277,6 +295,23 @@ def test_a_weight_written_in_place_is_seen(layers: dict[str, Any], warnings: lis
     assert not torch.allclose(got, before)
     assert warnings == []
     assert not any(layer.gdn_fused.broken for layer in layers.values())
+
+
+def test_weights_repacked_before_the_first_call_are_noticed(make_layer: Callable[..., Layer]) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    layer = make_layer(SHAPES["9B"])
+    fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+    changed_a_little = layer.in_proj_ba.weight.detach() * 1.03
+    load(layer, fused)
+    layer.in_proj_ba.weight = torch.nn.Parameter(changed_a_little, requires_grad=False)
+    layer.in_proj_ba.quant_method.process_weights_after_loading(layer.in_proj_ba)
+    assert fused.why_broken(layer, torch.randn(5, SHAPES["9B"][0], dtype=torch.bfloat16)) is not None
+
+
+def test_a_copy_can_be_made(layers: dict[str, Any]) -> None:
+    fused = copy.deepcopy(layers["model.layers.0"].gdn_fused)
+    assert torch.equal(fused.weight, layers["model.layers.0"].gdn_fused.weight)
 
 
 # Real engines
