@@ -31,6 +31,8 @@ def main(arguments: Sequence[str]) -> int:
         return _projections(options, shlex.join(["vllm-gdn-plugin", "bench", *arguments]))
     except BenchError as error:
         return _complain(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _complain("interrupted; nothing was measured", EXIT_INTERRUPTED)
 
 
 def _complain(line: str, exit_code: int) -> int:
@@ -115,7 +117,10 @@ def _projections(options: argparse.Namespace, command: str) -> int:
             run.stopped, exit_code = str(error), error.exit_code
     if run.points:
         path = options.output / f"{task.name}.json"
-        run.save(path)
+        try:
+            run.save(path)
+        except OSError as error:
+            raise BadInput(f"{path} cannot be written: {error.strerror}") from error
         _write_report(path)
     if run.stopped:
         kept = f"the {len(run.points)} points before it are kept" if run.points else "nothing was measured"
