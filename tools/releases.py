@@ -1,6 +1,6 @@
 """Check the contract on the source of every supported vLLM release, and write tools/releases.json.
 
-    python tools/releases.py [--also VERSION]...
+    python tools/releases.py [--also VERSION]...     (needs the package pypi-simple)
 
 Takes each release's source distribution from the package index, unpacks the files that the contract reads, and runs
 `vllm-gdn-plugin check --vllm-version X --vllm-source PATH` on them. Exits with 1 if one does not hold. The README's

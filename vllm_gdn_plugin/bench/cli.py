@@ -123,7 +123,7 @@ def _projections(options: argparse.Namespace, command: str) -> int:
             raise BadInput(f"{path} cannot be written: {error.strerror}") from error
         _write_report(path)
     if run.stopped:
-        kept = f"the {len(run.points)} points before it are kept" if run.points else "nothing was measured"
+        kept = f"kept: {len(run.points)} of {progress.total} points" if run.points else "nothing was measured"
         return _complain(f"{run.stopped}; {kept}", exit_code)
     return exit_code
 
