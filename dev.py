@@ -85,7 +85,7 @@ def test(pytest_args: list[str], extra_env: Mapping[str, str]) -> int:
         "ruff format": [BIN / "ruff", "format", "--check", ROOT],
         "mypy --strict": [BIN / "mypy", "--strict", ROOT / PACKAGE],
         # Not `python -m pytest`: that would import the source tree instead of the installed wheel.
-        # Two at a time: an engine on a tiny model keeps one core busy. A file's engines share a cache, so it stays whole.
+        # Two files at a time: an engine on a tiny model keeps one core busy, and a file's engines share caches.
         "pytest": [BIN / "pytest", "-n", "2", "--dist", "loadfile", *pytest_args],
     }
     failed = []
