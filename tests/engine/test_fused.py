@@ -337,8 +337,12 @@ def said(answer: dict[str, Any]) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     ("eager", "only"),
-    [(True, None), (True, r"in_proj_[ba]\."), (True, r"in_proj_(qkv|z)\."), (False, None)],
-    ids=["eager", "eager-only-ba", "eager-only-qkvz", "compiled"],
+    [
+        pytest.param(True, None, id="eager"),
+        pytest.param(True, r"in_proj_[ba]\.", id="eager-only-ba"),
+        pytest.param(True, r"in_proj_(qkv|z)\.", id="eager-only-qkvz", marks=pytest.mark.slow),
+        pytest.param(False, None, id="compiled", marks=pytest.mark.slow),
+    ],
 )
 def test_reloaded_weights_are_used(run: Callable[..., Any], scratch: Path, eager: bool, only: str | None) -> None:
     other = scratch / "models" / "qwen3_5_reloaded"
