@@ -38,6 +38,20 @@ def test_tensor_parallel_size_2(run_generate: Callable[..., Any], witness: Calla
     assert len(reports) == 1, "one line for an engine, not one for each rank"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
+def test_fused_with_tensor_parallel_size_2(
+    run_generate: Callable[..., Any], witness: Callable[..., Any], eager: bool
+) -> None:
+    stock_env, _ = witness()
+    stock = run_generate("qwen3_5", env=stock_env | SEPARATE | {"VLLM_PLUGINS": "witness"}, tp=2, eager=eager)
+    env, events = witness()
+    got = run_generate("qwen3_5", env=env | SEPARATE | {"VLLM_GDN_PLUGIN_STRATEGY": "fused"}, tp=2, eager=eager)
+    assert got["token_ids"] == stock["token_ids"]
+    assert len({e["pid"] for e in events() if e["event"] == "fused op called"}) == 2
+    assert got["log"].count("fused on 3 of 3 GDN layers") == 1
+
+
 @pytest.fixture(scope="module")
 def answer(models: Callable[[str], Path], scratch: Path, witness: Callable[..., Any]) -> Callable[..., Any]:
     def ask(breaks: str | None = None, **settings: str) -> tuple[Any, str, list[dict[str, Any]]]:
