@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.checkpoint import Unreadable, read_groups
+from vllm_gdn_plugin.checkpoint import ASSUMED, Unreadable, read_groups
 from vllm_gdn_plugin.contract import Contract, check_contract
 from vllm_gdn_plugin.decision import Decision, Status, decide
 from vllm_gdn_plugin.plan import AUTO, SERIAL, platform_plan
@@ -71,7 +71,7 @@ class Report:
             reason = f"{strategy} is required, and auto decides layer by layer: name the model with --model"
         else:
             reason = f"{strategy} is required but the strategy will be {self.strategy}: {self.reason}"
-        return replace(self, status=self.status if self.status != "active" else "refused", reason=reason)
+        return replace(self, status=self.status if self.status != "active" else "refused", reason=reason, what_to_do="")
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -94,6 +94,9 @@ ADVICE: dict[Status, str] = {
 }
 
 
+STRICT_ADVICE = "unset VLLM_GDN_PLUGIN_STRICT: with it the engine will stop here"
+
+
 def check_here(environ: Mapping[str, str] | None = None) -> Report:
     """What will happen in this environment when vLLM starts. Imports vLLM, and asks it for its platform."""
     environ = os.environ if environ is None else environ
@@ -112,7 +115,7 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
     decision, plugins, entry_point = _seen_by_vllm(decision, environ, warnings)
     advice = ADVICE[decision.status]
     if settings.strict and decision.status in ("serial", "refused") and settings.strategy != SERIAL:
-        advice = "unset VLLM_GDN_PLUGIN_STRICT: with it the engine will stop here"
+        advice = STRICT_ADVICE
     return Report(
         decision.status,
         decision.reason,
@@ -141,19 +144,23 @@ def with_model(report: Report, path: str, tensor_parallel_size: int) -> Report:
     warnings = list(report.warnings)
     if report.platform is None:
         warnings.append("the platform is not known here: the plan for the model is the one for CUDA")
+    batch_invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
     try:
-        groups = read_groups(path, tensor_parallel_size, report.platform or "cuda", settings.strategy)
+        groups = read_groups(path, tensor_parallel_size, report.platform or "cuda", settings.strategy, batch_invariant)
     except Unreadable as error:
         raise CannotTell(str(error)) from None
     report = replace(report, model=[str(group) for group in groups], warnings=warnings)
     if report.status != "active":
         return report
     strategies = sorted({group.plan.strategy for group in groups})
+    if settings.strict and settings.strategy != SERIAL and SERIAL in strategies:
+        reason = next(group.plan.reason for group in groups if group.plan.strategy == SERIAL)
+        return replace(report, status="refused", strategy=SERIAL, reason=reason, what_to_do=STRICT_ADVICE)
     if strategies == [SERIAL]:
         return replace(
             report, status="serial", strategy=SERIAL, reason=groups[0].plan.reason, what_to_do=ADVICE["serial"]
         )
-    return replace(report, strategy="+".join(strategies), reason="by the model's config.json")
+    return replace(report, strategy="+".join(strategies), reason=f"by the model's config.json, {ASSUMED}")
 
 
 def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report:

@@ -60,10 +60,16 @@ class LayerGroup:
         )
 
 
-def read_groups(path: str, tensor_parallel_size: int, platform: str, request: str) -> list[LayerGroup]:
+ASSUMED = "for an engine with CUDA graphs, without LoRA and CPU offload"
+"""Settings of the engine that a checkpoint does not tell."""
+
+
+def read_groups(
+    path: str, tensor_parallel_size: int, platform: str, request: str, batch_invariant: bool = False
+) -> list[LayerGroup]:
     """The GDN layers of the model in a directory (or of a config.json), grouped by what is planned for them.
 
-    LoRA, CPU offload and speculative decoding are settings of the engine: the answer is for an engine without them.
+    The answer is for an engine as :data:`ASSUMED`, with ``VLLM_BATCH_INVARIANT`` as given.
 
     Raises:
         Unreadable: with one line that says what is wrong.
@@ -108,6 +114,7 @@ def read_groups(path: str, tensor_parallel_size: int, platform: str, request: st
             ),
             ProjectionFacts(ba, dtype, 2 * value_heads // ba_parts),
             activation_dtype=dtype,
+            batch_invariant=batch_invariant,
         )
         groups.setdefault(facts, []).append(layer)
     return [LayerGroup(tuple(layers), hidden, facts, plan(facts, request)) for facts, layers in groups.items()]

@@ -72,11 +72,6 @@ def declare_variables(variables: dict[str, Callable[[], Any]]) -> None:
     envs.environment_variables.update(variables)
 
 
-def gdn_class(module: ModuleType, class_name: str) -> Any:
-    """The host's GDN layer class, once its source has passed the contract."""
-    return getattr(module, class_name)
-
-
 def replacement_of(class_name: str) -> Any | None:
     """The class that is registered to be built in place of ``class_name``, if any."""
     from vllm.model_executor.custom_op import op_registry_oot
@@ -109,7 +104,7 @@ def layer_facts(layer: Any, requested_platform: str) -> LayerFacts:
         batch_invariant=bool(envs.VLLM_BATCH_INVARIANT),
         offload=offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,
         weights_in_place=_on_one_device(layer),
-        packed_spec_decode=bool(getattr(layer, "enable_fused_gdn_spec_decode", False)),
+        breakable_graphs=bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False)),
     )
 
 

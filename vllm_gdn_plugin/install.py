@@ -12,7 +12,7 @@ from vllm_gdn_plugin import host
 from vllm_gdn_plugin.contract import GDN_CLASSES, check_contract
 from vllm_gdn_plugin.decision import decide
 from vllm_gdn_plugin.overlap import share_no_scratch
-from vllm_gdn_plugin.plan import FUSED, SERIAL, Plan, plan
+from vllm_gdn_plugin.plan import FUSED, SERIAL, plan
 from vllm_gdn_plugin.report import Refused, ledger, stepping_aside
 from vllm_gdn_plugin.settings import Settings, read_settings, variable
 from vllm_gdn_plugin.versions import judge_version
@@ -65,9 +65,9 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
     """Plan a layer that vLLM has just constructed. A layer that cannot be planned stays serial."""
     layer.gdn_strategy = SERIAL
     with stepping_aside(settings, speaks=host.is_first_rank):
+        ledger.record(layer.prefix, SERIAL)
         facts = host.layer_facts(layer, platform)
         chosen = plan(facts, settings.strategy)
-        ledger.record(layer.prefix, chosen)
         if chosen.strategy == SERIAL:
             raise Refused(chosen.reason)
         if chosen.strategy == FUSED:
@@ -79,22 +79,25 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
         layer.gdn_safe_pair = share_no_scratch(facts.qkvz.linear_method, facts.ba.linear_method)
         layer.quant_method = host.after_loading(partial(loaded, settings, platform))
         layer.gdn_strategy = chosen.strategy
+        ledger.record(layer.prefix, chosen.strategy)
 
 
 def loaded(settings: Settings, platform: str, layer: Any) -> None:
-    """Finish a layer whose weights are in place, and with the first one say what was done in this engine.
+    """Finish a layer whose weights are in place, and with the last one say what was done in this engine.
 
     A loader may have replaced a parameter instead of writing into it: then the layer is not fused.
     """
+    planned, layer.gdn_strategy = layer.gdn_strategy, SERIAL
+    with stepping_aside(settings, speaks=host.is_first_rank):
+        if planned == FUSED and not layer.gdn_fused.is_loaded():
+            del layer.gdn_fused
+            raise Refused("the loader replaced a weight that fused needs in place")
+        layer.gdn_strategy = planned
+    ledger.finish(layer.prefix, layer.gdn_strategy)
     with stepping_aside(settings, speaks=host.is_first_rank) as say:
-        if layer.gdn_strategy == FUSED and not layer.gdn_fused.is_loaded():
-            layer.gdn_strategy = SERIAL
-            reason = "the loader replaced a weight that fused needs in place"
-            ledger.record(layer.prefix, Plan(SERIAL, reason))
-            raise Refused(reason)
         summary = ledger.summary()
         if summary:
-            say("info", f"{summary} (platform {platform}, vLLM {host.version()})")
+            say("info", f"{summary} (platform {platform}, vLLM {host.version()})", again=True)
 
 
 def compile_factors(settings: Settings) -> dict[str, Callable[[], Any]]:

@@ -96,7 +96,7 @@ def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerN
         if reason is None:
             return fused.apply(hidden_states)
         fused.broken = True
-        host.warn_once(f"a GDN layer goes back to serial: {reason}")
+        host.warn_once(f"a GDN layer goes back to serial, restart to fuse again: {reason}")
     return fused.apply_serially(layer, hidden_states)
 
 

@@ -46,8 +46,8 @@ class LayerFacts:
     """Weights are kept on, or fetched from, the CPU: they move while the engine runs."""
     weights_in_place: bool = True
     """Both weights lie on the device that computes, so they can become one storage before they are loaded."""
-    packed_spec_decode: bool = False
-    """The layer decodes drafts with vLLM's CUDA kernel, which wants the projections' outputs dense (0.28 and later)."""
+    breakable_graphs: bool = False
+    """vLLM captures breakable CUDA graphs, which cannot record a fork and join across their breaks."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,6 @@ FUSED_RULES = (
         lambda f: f.weights_in_place and not f.offload,
         lambda f: "the weights are offloaded or not yet in place, so they cannot be one storage",
     ),
-    Rule(
-        "drafts are not decoded by vLLM's packed CUDA kernel",
-        lambda f: not f.packed_spec_decode,
-        lambda f: "vLLM's packed kernel for speculative decoding wants dense inputs, not row blocks of one output",
-    ),
 )
 
 DUAL_STREAM_RULES = (
@@ -130,6 +125,11 @@ DUAL_STREAM_RULES = (
             "CUDA graphs are off (enforce_eager, or cudagraph_mode NONE): launching on two streams would cost"
             " more than it hides"
         ),
+    ),
+    Rule(
+        "they are not breakable CUDA graphs",
+        lambda f: not f.breakable_graphs or f.platform != "cuda",
+        lambda f: "VLLM_USE_BREAKABLE_CUDAGRAPH is on: such graphs cannot record two streams",
     ),
 )
 
@@ -164,7 +164,7 @@ SERIAL_REASON = "serial was asked for: vLLM runs as it is"
 
 def nothing_to_gain(platform: str) -> str:
     """Why ``auto`` leaves a platform other than CUDA alone."""
-    return f"there is no second stream to overlap on with platform {platform}"
+    return f"on platform {platform} there is nothing to gain: the plugin speeds up CUDA only"
 
 
 def platform_plan(platform: str, request: str) -> Plan:
@@ -175,7 +175,7 @@ def platform_plan(platform: str, request: str) -> Plan:
     if request == SERIAL:
         return Plan(SERIAL, SERIAL_REASON)
     if platform not in ("cuda", "cpu"):
-        return Plan(SERIAL, f"{nothing_to_gain(platform)}: the plugin supports CUDA only")
+        return Plan(SERIAL, nothing_to_gain(platform))
     if request == AUTO and platform != "cuda":
         return Plan(SERIAL, nothing_to_gain(platform))
     return Plan(request, "decided layer by layer when the model is built")

@@ -1,12 +1,13 @@
 """What the plugin says, once and in the process that speaks for the others, and how it steps aside."""
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.plan import SERIAL, Plan
+from vllm_gdn_plugin.plan import SERIAL
 from vllm_gdn_plugin.settings import Settings
 
 
@@ -15,26 +16,41 @@ class Refused(RuntimeError):
 
 
 class Ledger:
-    """The plans of this process by layer name, and which of them are not yet reported."""
+    """The strategies of this process's layers by name, and which layers are not yet loaded or reported."""
 
     def __init__(self) -> None:
-        self.plans: dict[str, Plan] = {}
+        self.strategies: dict[str, str] = {}
+        self.loading: set[str] = set()
         self.pending: set[str] = set()
 
-    def record(self, layer_name: str, chosen: Plan) -> None:
-        self.plans[layer_name] = chosen
+    def record(self, layer_name: str, strategy: str) -> None:
+        """A layer has been planned. One that is not serial is finished once its weights are in place."""
+        self.strategies[layer_name] = strategy
         self.pending.add(layer_name)
+        if strategy != SERIAL:
+            self.loading.add(layer_name)
+
+    def finish(self, layer_name: str, strategy: str) -> None:
+        """A layer's weights are in place, and this is what it runs with."""
+        self.strategies[layer_name] = strategy
+        self.loading.discard(layer_name)
 
     def summary(self) -> str:
-        """``dual_stream on 30 of 30 GDN layers`` for the layers recorded since the last call; empty if none."""
-        strategies = [self.plans[name].strategy for name in self.pending]
+        """``dual_stream on 30 of 30 GDN layers``, once for an engine, when its last layer is finished; else empty."""
+        if self.loading:
+            return ""
+        strategies = [self.strategies[name] for name in self.pending]
         self.pending = set()
         used = sorted({strategy for strategy in strategies if strategy != SERIAL})
         return ", ".join(f"{s} on {strategies.count(s)} of {len(strategies)} GDN layers" for s in used)
 
     def state(self) -> str:
-        """Which strategies are in use: part of vLLM's compile-cache keys."""
-        return "+".join(sorted({chosen.strategy for chosen in self.plans.values()})) or "stock"
+        """Which layers run with what: part of vLLM's compile-cache keys."""
+        plans = sorted((name, strategy) for name, strategy in self.strategies.items() if strategy != SERIAL)
+        if not plans:
+            return "stock"
+        used = "+".join(sorted({strategy for _, strategy in plans}))
+        return f"{used} {hashlib.sha256(repr(plans).encode()).hexdigest()[:16]}"
 
 
 ledger = Ledger()
@@ -43,15 +59,16 @@ _said: set[str] = set()
 
 
 @contextmanager
-def stepping_aside(settings: Settings, speaks: Callable[[], bool]) -> Iterator[Callable[[str, str], None]]:
+def stepping_aside(settings: Settings, speaks: Callable[[], bool]) -> Iterator[Callable[..., None]]:
     """Run a step of ours so that whatever goes wrong in it ends in one line, not in the host.
 
-    Yields ``say(level, message)``, which logs each message once. ``speaks`` tells whether this process is the one
-    that speaks for the others; where it cannot be asked, every process does.
+    Yields ``say(level, message, again=False)``, which logs each message once unless told to say it ``again``.
+    ``speaks`` tells whether this process is the one that speaks for the others; where it cannot be asked, every
+    process does.
     """
 
-    def say(level: str, message: str) -> None:
-        if message not in _said and _answers_yes(speaks):
+    def say(level: str, message: str, again: bool = False) -> None:
+        if (again or message not in _said) and _answers_yes(speaks):
             _said.add(message)
             getattr(_logger(), level)("vllm-gdn-plugin %s: %s", vllm_gdn_plugin.__version__, message)
 

@@ -14,7 +14,10 @@ def stock(run_generate: Callable[..., Any]) -> Any:
     return run_generate("qwen3_5", env={"VLLM_PLUGINS": ""})
 
 
-@pytest.mark.parametrize("step", BREAKS)
+QUICK = ("contract", "held", "replace", "layer_facts", "after_loading")
+
+
+@pytest.mark.parametrize("step", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in BREAKS])
 def test_the_engine_answers_and_one_line_says_why(
     run_generate: Callable[..., Any], witness: Callable[..., Any], stock: Any, step: str
 ) -> None:

@@ -339,7 +339,7 @@ def said(answer: dict[str, Any]) -> tuple[Any, Any]:
     ("eager", "only"),
     [
         pytest.param(True, None, id="eager"),
-        pytest.param(True, r"in_proj_[ba]\.", id="eager-only-ba"),
+        pytest.param(True, r"in_proj_[ba]\.", id="eager-only-ba", marks=pytest.mark.slow),
         pytest.param(True, r"in_proj_(qkv|z)\.", id="eager-only-qkvz", marks=pytest.mark.slow),
         pytest.param(False, None, id="compiled", marks=pytest.mark.slow),
     ],

@@ -104,6 +104,7 @@ def get_current_vllm_config():
     "vllm.distributed.parallel_state": "FIRST = True\n\n\ndef is_global_first_rank():\n    return FIRST\n",
     "vllm.envs": """
 VLLM_BATCH_INVARIANT = False
+VLLM_USE_BREAKABLE_CUDAGRAPH = False
 environment_variables = {"VLLM_OWN": lambda: "own"}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from vllm_gdn_plugin.check import check_elsewhere, with_model
 from vllm_gdn_plugin.checkpoint import Unreadable, read_groups
 
 TEXT = {
@@ -74,6 +75,24 @@ def test_layers_that_differ_are_told_apart(model: Any) -> None:
 def test_shapes(model: Any, size: int, quantization: Any, qkvz: int, ba: int) -> None:
     (group,) = read_groups(model(quantization), size, "cuda", "auto")
     assert (group.hidden_size, group.facts.qkvz.output_size, group.facts.ba.output_size) == (4096, qkvz, ba)
+
+
+def test_batch_invariance_is_taken_from_the_environment(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--require fused` must not pass where the engine would never fuse."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    report = with_model(check_elsewhere("0.32.0", None), model(), 1)
+    assert (report.status, report.strategy) == ("active", "dual_stream")
+    assert "promises bit-equal results" in report.model[0]
+
+
+def test_strict_and_a_serial_layer_do_not_go_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine would stop at that layer, whatever the others get."""
+    mixed = model({"quant_method": "fp8", "ignored_layers": ["model.layers.4.linear_attn"]})
+    assert with_model(check_elsewhere("0.32.0", None), mixed, 1).exit_code == 0
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRICT", "1")
+    report = with_model(check_elsewhere("0.32.0", None), mixed, 1)
+    assert (report.status, report.exit_code) == ("refused", 1)
+    assert "unset VLLM_GDN_PLUGIN_STRICT" in report.what_to_do
 
 
 def test_auto_on_the_cpu_is_stock(model: Any) -> None:

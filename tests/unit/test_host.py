@@ -59,7 +59,7 @@ def test_a_plain_layer(ours: Any, plugin: Any) -> None:
         "batch_invariant": False,
         "offload": False,
         "weights_in_place": True,
-        "packed_spec_decode": False,
+        "breakable_graphs": False,
     }
 
 
@@ -86,7 +86,6 @@ def test_a_plain_layer(ours: Any, plugin: Any) -> None:
         ("layer.in_proj_ba.weight", None, {"weights_in_place": False}),
         ("layer.in_proj_qkvz", SimpleNamespace(weight=SimpleNamespace(device="cuda:0")), {"qkvz.plain": False}),
         ("layer.in_proj_qkvz", None, {"qkvz.plain": False, "weights_in_place": False}),
-        ("layer.enable_fused_gdn_spec_decode", True, {"packed_spec_decode": True}),
         ("config.lora_config", object(), {"lora": True}),
         ("config.model_config.dtype", "torch.float16", {"activation_dtype": "float16"}),
         ("config.model_config.enforce_eager", True, {"cuda_graphs": False}),
@@ -95,6 +94,7 @@ def test_a_plain_layer(ours: Any, plugin: Any) -> None:
         ("config.offload_config.uva.cpu_offload_gb", 0.5, {"offload": True}),
         ("config.offload_config.prefetch.offload_group_size", 8, {"offload": True}),
         ("envs.VLLM_BATCH_INVARIANT", True, {"batch_invariant": True}),
+        ("envs.VLLM_USE_BREAKABLE_CUDAGRAPH", True, {"breakable_graphs": True}),
     ],
 )
 def test_what_differs_is_seen(ours: Any, plugin: Any, path: str, value: Any, facts: dict[str, Any]) -> None:

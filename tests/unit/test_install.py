@@ -18,6 +18,7 @@ import pytest
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin.contract import GDN_CLASSES
+from vllm_gdn_plugin.report import Ledger
 from vllm_gdn_plugin.settings import Settings, variable
 
 GDN, OLD_GDN = GDN_CLASSES
@@ -345,10 +346,10 @@ def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monk
 
 
 IN_PLACE = {
-    (True, True): ([("info", "fused on 2 of 2 GDN layers")], "fused"),
-    (True, False): ([("info", "fused on 2 of 2 GDN layers"), ("warning", "the loader replaced a wei")], "fused+serial"),
-    (False, True): ([("warning", "the loader replaced a weight"), ("info", "fused on 1 of 2 GDN la")], "fused+serial"),
-    (False, False): ([("warning", "the loader replaced a weight")], "serial"),
+    (True, True): ([("info", "fused on 2 of 2 GDN layers")], "fused "),
+    (True, False): ([("warning", "the loader replaced a weight"), ("info", "fused on 1 of 2 GDN layers")], "fused "),
+    (False, True): ([("warning", "the loader replaced a weight"), ("info", "fused on 1 of 2 GDN layers")], "fused "),
+    (False, False): ([("warning", "the loader replaced a weight")], "stock"),
 }
 """For each of two layers whether its weights are still in place when they are loaded: what is said, and the state."""
 
@@ -377,7 +378,41 @@ def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(
     assert [layer.gdn_strategy for layer in layers] == ["fused" if still else "serial" for still in in_place]
     assert levels(plugin) == [level for level, _ in said]
     assert all(told in message for (_, told), (_, message) in zip(said, plugin.said, strict=True))
-    assert plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"] == f"{vllm_gdn_plugin.__version__} {state}"
+    key = plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"]
+    assert key.startswith(f"{vllm_gdn_plugin.__version__} {state}")
+
+
+def test_the_compile_key_tells_which_layer_runs_with_what() -> None:
+    def state(**strategies: str) -> str:
+        ledger = Ledger()
+        for name, strategy in strategies.items():
+            ledger.record(name, strategy)
+        return ledger.state()
+
+    plans = [
+        {"a": "fused", "b": "fused"},
+        {"a": "fused", "b": "serial"},
+        {"a": "serial", "b": "fused"},
+        {"a": "fused", "b": "dual_stream"},
+        {"a": "dual_stream", "b": "fused"},
+        {},
+    ]
+    assert len({state(**strategies) for strategies in plans}) == len(plans)
+    assert state(a="serial") == state() == "stock"
+    assert state(a="fused", b="fused") == state(b="fused", a="fused")
+
+
+@pytest.mark.parametrize("step", ["layer_facts", "after_loading"])
+def test_a_layer_that_could_not_be_set_up_counts_as_serial(
+    plugin: Any, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its graph, which is stock, would be stored under the key of one that is not."""
+    plugin.register()
+    stock = plugin.import_gdn()
+    monkeypatch.setattr(plugin.install.host, step, boom)
+    layer = stock("layers.0")
+    assert layer.gdn_strategy == "serial"
+    assert plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"].endswith(" stock")
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])

@@ -52,9 +52,6 @@ BROKEN: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"offload": True}, "the weights are offloaded or not yet in place"),
             ({"weights_in_place": False}, "the weights are offloaded or not yet in place"),
         ],
-        "drafts are not decoded by vLLM's packed CUDA kernel": [
-            ({"packed_spec_decode": True}, "packed kernel for speculative decoding wants dense inputs"),
-        ],
     },
     DUAL_STREAM: COMMON
     | {
@@ -63,6 +60,7 @@ BROKEN: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"ba": {"linear_method": "Fp8LinearMethod"}}, "are not known to be safe side by side"),
         ],
         "CUDA graphs are on (the CPU runs the op serially)": [({"cuda_graphs": False}, "CUDA graphs are off")],
+        "they are not breakable CUDA graphs": [({"breakable_graphs": True}, "VLLM_USE_BREAKABLE_CUDAGRAPH is on")],
     },
 }
 """For each strategy and rule: what breaks it and no other rule, and what the user is told."""
@@ -119,9 +117,9 @@ def test_what_a_layer_gets(platform: str, request_: str, for_bf16: str, for_fp8:
 
 
 def test_auto_takes_dual_stream_for_a_bf16_layer_that_cannot_be_fused() -> None:
-    chosen = plan(replace(MADE_FOR[FUSED], packed_spec_decode=True), AUTO)
+    chosen = plan(replace(MADE_FOR[FUSED], offload=True), AUTO)
     assert chosen.strategy == DUAL_STREAM
-    assert "speculative decoding" in chosen.reason
+    assert "offloaded" in chosen.reason
 
 
 def test_what_matters_on_a_gpu_only_does_not_forbid_dual_stream_on_the_cpu() -> None:
