@@ -14,7 +14,7 @@ def stock(run_generate: Callable[..., Any]) -> Any:
     return run_generate("qwen3_5", env={"VLLM_PLUGINS": ""})
 
 
-QUICK = ("contract", "held", "replace", "layer_facts", "after_loading")
+QUICK = ("contract", "held", "layer_facts", "after_loading")
 
 
 @pytest.mark.parametrize("step", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in BREAKS])

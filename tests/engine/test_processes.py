@@ -19,19 +19,18 @@ def processes(events: list[dict[str, Any]], event: str) -> set[str]:
 
 def test_tensor_parallel_size_2(run_generate: Callable[..., Any], witness: Callable[..., Any], tmp_path: Path) -> None:
     """Same tokens; every process loads plugins, and none imports the GDN module that would not without us."""
-    # A cache of its own for each, so that both start the process that inspects the model's class.
+    # An empty cache, so that stock vLLM also starts the process that inspects the model's class.
     stock_env, stock_events = witness()
-    stock_env["VLLM_CACHE_ROOT"] = str(tmp_path / "stock")
+    stock_env["VLLM_CACHE_ROOT"] = str(tmp_path)
     stock = run_generate("qwen3_5", env=stock_env | SEPARATE | {"VLLM_PLUGINS": "witness"}, tp=2)
     env, events = witness()
-    env["VLLM_CACHE_ROOT"] = str(tmp_path / "plugin")
+    env["VLLM_CACHE_ROOT"] = str(tmp_path)
     got = run_generate("qwen3_5", env=env | SEPARATE | ON, tp=2)
     assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
 
-    assert processes(events(), "plugins loaded") == processes(stock_events(), "plugins loaded")
     assert processes(events(), "plugins loaded") >= {"main", "EngineCore", "VllmWorker"}
-    assert processes(events(), "GDN module imported") == processes(stock_events(), "GDN module imported")
-    assert processes(events(), "GDN module imported") <= {"VllmWorker", "inspection"}
+    assert processes(stock_events(), "GDN module imported") == {"VllmWorker", "inspection"}
+    assert processes(events(), "GDN module imported") == {"VllmWorker"}
     assert processes(events(), "dual_stream op called") == {"VllmWorker"}
     assert len({e["pid"] for e in events() if e["event"] == "dual_stream op called"}) == 2
     reports = re.findall(r"dual_stream on 3 of 3 GDN layers", got["log"])
@@ -86,7 +85,7 @@ def test_serving_over_http_switched_by_vllm_plugins(answer: Callable[..., Any], 
     assert "dual_stream on 3 of 3 GDN layers (platform cpu, vLLM " in lines[0]
 
 
-@pytest.mark.parametrize("step", ["contract", "layer_facts"])
+@pytest.mark.parametrize("step", ["contract", pytest.param("layer_facts", marks=pytest.mark.slow)])
 def test_a_server_works_where_the_plugin_refuses_or_fails(
     answer: Callable[..., Any], stock_answer: Any, step: str
 ) -> None:
