@@ -174,8 +174,6 @@ def platform_plan(platform: str, request: str) -> Plan:
     """
     if request == SERIAL:
         return Plan(SERIAL, SERIAL_REASON)
-    if platform not in ("cuda", "cpu"):
-        return Plan(SERIAL, nothing_to_gain(platform))
-    if request == AUTO and platform != "cuda":
+    if platform not in ("cuda", "cpu") or (request == AUTO and platform != "cuda"):
         return Plan(SERIAL, nothing_to_gain(platform))
     return Plan(request, "decided layer by layer when the model is built")

@@ -27,7 +27,9 @@ class Ledger:
         """A layer has been planned. One that is not serial is finished once its weights are in place."""
         self.strategies[layer_name] = strategy
         self.pending.add(layer_name)
-        if strategy != SERIAL:
+        if strategy == SERIAL:
+            self.loading.discard(layer_name)
+        else:
             self.loading.add(layer_name)
 
     def finish(self, layer_name: str, strategy: str) -> None:

@@ -382,6 +382,16 @@ def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(
     assert key.startswith(f"{vllm_gdn_plugin.__version__} {state}")
 
 
+def test_an_engine_that_failed_to_load_does_not_silence_the_next() -> None:
+    """In one process: the layer was waiting for its weights, and is planned again, now as serial."""
+    ledger = Ledger()
+    ledger.record("a", "fused")
+    ledger.record("a", "serial")
+    ledger.record("b", "fused")
+    ledger.finish("b", "fused")
+    assert ledger.summary() == "fused on 1 of 2 GDN layers"
+
+
 def test_the_compile_key_tells_which_layer_runs_with_what() -> None:
     def state(**strategies: str) -> str:
         ledger = Ledger()
