@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import scipy.stats
-from entry_point import cpu
+
+from vllm_gdn_plugin.bench.machine import cpu
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

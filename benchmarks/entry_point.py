@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vllm_gdn_plugin.bench.machine import cpu
+
 ONE_ROUND = """
 import sys, time
 from importlib.metadata import entry_points
@@ -55,14 +57,6 @@ def main() -> None:
     for name in ("import_package", "register"):
         samples = sorted(result[name])
         print(f"{name:<15} median {statistics.median(samples):.1f} ms, {samples[0]:.1f} to {samples[-1]:.1f}")
-
-
-def cpu() -> str:
-    """The processor's name, as Linux gives it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

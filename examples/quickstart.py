@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from progress import step
-from serving import MODEL_NAME, ServerFailed, engine_env, serve
+from serving import MODEL_NAME, engine_env, serve
+
+from vllm_gdn_plugin.bench.engine.server import ServerFailed
 
 NAME = "vllm-gdn-plugin"  # begins each line that the plugin logs
 PROMPT = "Gated Delta Net layers project the same hidden states twice."

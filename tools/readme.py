@@ -11,7 +11,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from vllm_gdn_plugin.bench.results import Point, Run, load
+from vllm_gdn_plugin.bench.report import load
+from vllm_gdn_plugin.bench.results import Point, Run
 from vllm_gdn_plugin.contract import GDN_CLASSES
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, RULES, SERIAL
 from vllm_gdn_plugin.settings import describe

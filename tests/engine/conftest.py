@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import end_group, engine_env
+from serving import engine_env
+
+from vllm_gdn_plugin.bench.engine.server import end_group
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import MODEL_NAME, ServerFailed, engine_env, serve
+from serving import MODEL_NAME, engine_env, serve
+
+from vllm_gdn_plugin.bench.engine.server import ServerFailed
 
 ON = {"VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}
 SEPARATE = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}

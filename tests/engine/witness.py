@@ -3,7 +3,7 @@
 Made an installed distribution by the fixture `witness`. vLLM loads it before the plugin under test, in each process.
 
     WITNESS_FILE    where each event is appended as a line of JSON
-    WITNESS_BREAKS  the step of vllm_gdn_plugin that fails: a key of `BREAKS`
+    WITNESS_BREAKS  the step of vllm_gdn_plugin that fails: a key of `BREAKS`; or of `CORRUPTS`, to compute wrongly
 """
 
 import importlib.abc
@@ -30,7 +30,7 @@ def register() -> None:
     _count_op_calls(host)
     broken = os.environ.get("WITNESS_BREAKS")
     if broken:
-        BREAKS[broken]()
+        (BREAKS | CORRUPTS)[broken]()
 
 
 def note(event: str) -> None:
@@ -106,3 +106,19 @@ BREAKS = {
         for name in ("declare_variables", "when_imported", "platform", "replace", "layer_facts", "after_loading")
     },
 }
+
+
+def _negate_ba() -> None:
+    from vllm_gdn_plugin.layer import ProjectedLayer
+
+    right = ProjectedLayer.in_proj_ba
+
+    def wrong(self: Any, hidden_states: Any) -> Any:
+        ba, _ = right(self, hidden_states)
+        return -ba, None
+
+    ProjectedLayer.in_proj_ba = wrong
+
+
+CORRUPTS = {"in_proj_ba": _negate_ba}
+"""What makes the plugin compute something else than stock vLLM, without an error."""

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
-from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run, load
+from vllm_gdn_plugin.bench.report import load
+from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, distinct, preset_shapes, shape_of_model, shape_of_text
 from vllm_gdn_plugin.cli import main
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
@@ -322,7 +323,7 @@ def test_a_strategy_that_computes_something_else_is_not_timed(
     arguments = ("projections", *SMALL, "--device", "cpu", "--output", tmp_path, "--tokens")
     told(bench(*arguments, "3"), 1, "3 tokens", "fused", "in_proj_ba", "nothing was measured")
     assert not list(tmp_path.iterdir())
-    told(bench(*arguments, "1,3,4"), 1, "fused", "kept: 1 of 3 points")
+    told(bench(*arguments, "1,3,4"), 1, "fused", "kept: 1 of 3 steps")
     run = load(tmp_path / "projections-bfloat16.json")
     assert [point.tokens for point in run.points] == [1]
     assert "**not complete**: 128x256x8, TP 1, 3 tokens" in (tmp_path / "projections-bfloat16.md").read_text()
@@ -342,7 +343,7 @@ def test_an_interrupt_keeps_what_was_measured(bench: Bench, tmp_path: Path, monk
 
     monkeypatch.setattr(CpuTimer, "measure", interrupted)
     result = bench("projections", *SMALL, "--tokens", "1,2,3", "--device", "cpu", "--output", tmp_path)
-    told(result, 130, "interrupted; kept: 1 of 3 points")
+    told(result, 130, "interrupted; kept: 1 of 3 steps")
     run = load(tmp_path / "projections-bfloat16.json")
     assert ([point.tokens for point in run.points], run.stopped) == ([1], "interrupted")
     assert (tmp_path / "projections-bfloat16.png").exists()
@@ -475,8 +476,8 @@ def test_a_missing_module_is_named(bench: Bench, tmp_path: Path, name: str, monk
 
 
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another format": (lambda data: data | {"format": "x"}, "its format is not"),
-    "no object": (lambda data: [data], "its format is not"),
+    "another format": (lambda data: data | {"format": "x"}, "its format is none of"),
+    "no object": (lambda data: [data], "holds no object"),
     "no points": (lambda data: data | {"points": []}, "ValueError: it holds no points"),
     "points missing": (lambda data: {k: v for k, v in data.items() if k != "points"}, "KeyError: 'points'"),
     "a field missing": (lambda data: {k: v for k, v in data.items() if k != "rounds"}, "'rounds'"),

@@ -1,34 +1,42 @@
 """The command ``vllm-gdn-plugin bench``."""
 
 import argparse
-import importlib
+import importlib.util
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
 from vllm_gdn_plugin.bench.shapes import PRESETS, counts, distinct, preset_shapes, shape_of_model, shape_of_text
 
+if TYPE_CHECKING:
+    from vllm_gdn_plugin.bench.engine.results import EngineRun
+    from vllm_gdn_plugin.bench.results import Run
+
 EPILOG = """\
 exit status:
   0    all is measured and written
-  1    a strategy did not compute what serial computes; what was measured before is written
+  1    a strategy did not compute what stock vLLM computes; what was measured before is written
   2    the arguments, the files or this machine are not what the command needs
   130  interrupted; what was measured before is written
 """
 
 TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
+STATISTICS = ("numpy", "scipy", "matplotlib")
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run ``bench ARGUMENTS``; returns its exit status."""
     options = _parser().parse_args(arguments)
+    command = shlex.join(["vllm-gdn-plugin", "bench", *arguments])
+    for signum in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores SIGINT: no server is left behind
+        signal.signal(signum, signal.default_int_handler)
     try:
-        if options.command == "report":
-            return _report(options)
-        return _projections(options, shlex.join(["vllm-gdn-plugin", "bench", *arguments]))
+        return int(options.run(options, command))
     except BenchError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -43,15 +51,28 @@ def _complain(line: str, exit_code: int) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm-gdn-plugin bench",
-        description="Times the two input projections of a Gated Delta Net layer, alone, in each strategy.",
+        description="Measures what the plugin does for a model on this machine. Needs the extra bench.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    command = commands.add_parser(
+
+    def measuring(name: str, run: Callable[..., int], help: str, description: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            epilog=EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
+        command.add_argument("--output", metavar="DIR", type=Path, required=True, help="where the files are written")
+        return command
+
+    command = measuring(
         "projections",
-        help="measure on this machine; writes JSON, Markdown and PNG",
-        description="Verifies, then times serial, dual_stream, fused and in_proj_qkvz alone. Needs the extra bench.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _projections,
+        "time the two input projections of a layer, alone",
+        "Verifies, then times serial, dual_stream, fused and in_proj_qkvz alone.",
     )
     command.add_argument("--model", metavar="PATH", help="the shape of this model: its directory, or its config.json")
     command.add_argument("--shape", metavar="HIDDEN,QKVZ,BA", action="append", default=[], help="may be repeated")
@@ -62,17 +83,52 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--quantization", choices=("fp8",), help="in_proj_qkvz as vLLM's block-quantised layer; needs CUDA and vLLM"
     )
-    command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
     command.add_argument("--rounds", metavar="N", default="30", help="samples of each strategy; default 30")
-    command.add_argument("--output", metavar="DIR", type=Path, required=True, help="where the files are written")
+
+    command = measuring(
+        "serve",
+        _serve,
+        "time whole engines that serve, with the plugin and without it",
+        "Starts `vllm serve` without the plugin and with each strategy, in turn, and drives each with `vllm bench\n"
+        "serve`. Answers are compared before anything is timed.",
+    )
+    _add_engine_arguments(command)
+    command.add_argument("--concurrency", metavar="N,...", default="1,2,4,8,16", help="default 1,2,4,8,16")
+    command.add_argument("--input-len", metavar="N", default="512", help="tokens of each prompt; default 512")
+    command.add_argument("--output-len", metavar="N", default="256", help="tokens of each answer; default 256")
+    command.add_argument("--requests", metavar="N", default="4", help="of each client, one after the other; default 4")
+
+    command = measuring(
+        "compile",
+        _compile,
+        "time cold and warm starts, with the plugin and without it",
+        "Starts `vllm serve` with empty caches and again with full ones, without the plugin and with each strategy,\n"
+        "in turn; counts the compiled graphs.",
+    )
+    _add_engine_arguments(command)
+    command.add_argument(
+        "--layers",
+        metavar="N,...",
+        help="also count the graphs of models of so many layers (random weights), with LayerName and with string names",
+    )
+
     command = commands.add_parser(
         "report",
         help="make Markdown and PNG again from JSON",
-        description="Makes the tables and the plot again from the JSON of bench projections, beside it, and prints"
-        " the tables.",
+        description="Makes the tables and the plot again from the JSON of a bench, beside it, and prints the tables.",
     )
+    command.set_defaults(run=_report)
     command.add_argument("files", metavar="FILE", type=Path, nargs="+")
     return parser
+
+
+def _add_engine_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, help="as for `vllm serve`")
+    command.add_argument("--strategy", metavar="NAME,...", default="auto", help="default auto")
+    command.add_argument("--rounds", metavar="N", default="5", help="engines of each kind; default 5")
+    command.add_argument(
+        "vllm_arguments", metavar="-- ARGUMENT", nargs="*", help="all that follows -- is passed on to `vllm serve`"
+    )
 
 
 def _projections(options: argparse.Namespace, command: str) -> int:
@@ -82,73 +138,136 @@ def _projections(options: argparse.Namespace, command: str) -> int:
     if not shapes:
         raise BadInput("nothing to measure: give --model, --shape or --preset")
     sizes = counts("--tensor-parallel-size", options.tensor_parallel_size)
-    rounds = counts("--rounds", options.rounds)
-    if len(rounds) != 1:
-        raise BadInput(f"--rounds {options.rounds!r} is not one number")
     ranks = [shape.split(size) for shape in distinct(shapes) for size in dict.fromkeys(sizes)]
     tokens = list(dict.fromkeys(counts("--tokens", options.tokens)))
-    _require_modules("torch", "numpy", "scipy", "matplotlib", "tqdm")
-
-    from tqdm import tqdm
+    rounds = _count("--rounds", options.rounds)
+    _require_modules("torch", *STATISTICS, "tqdm")
 
     from vllm_gdn_plugin.bench.machine import describe_machine, require_device
     from vllm_gdn_plugin.bench.projections import SEED, Task, measure
     from vllm_gdn_plugin.bench.results import Run
 
-    task = Task(ranks, tokens, options.device, options.dtype, options.quantization, *rounds)
+    task = Task(ranks, tokens, options.device, options.dtype, options.quantization, rounds)
     require_device(task.device)
     task.require()
     _make_directory(options.output)
     run = Run(
         command=command,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        date=_now(),
         precision=task.precision,
         seed=SEED,
         rounds=task.rounds,
-        machine=describe_machine(task.device),
+        machine=describe_machine(task.device, bandwidth=True),
     )
+    path = options.output / f"{task.name}.json"
+    return _measured(run, path, len(ranks) * len(tokens), lambda progress: measure(task, run, progress))
+
+
+def _serve(options: argparse.Namespace, command: str) -> int:
+    concurrency = list(dict.fromkeys(counts("--concurrency", options.concurrency)))
+    lengths = [_count(f"--{name.replace('_', '-')}", vars(options)[name]) for name in LENGTHS]
+
+    from vllm_gdn_plugin.bench.engine.results import SERVE
+
+    run = _engine_run(options, SERVE, command)
+
+    from vllm_gdn_plugin.bench.engine.serve import Load, measure
+
+    load = Load(concurrency, *lengths)
+    run.load = str(load)
+    steps = (run.rounds + 1) * len(run.variants)
+    return _measured(run, options.output / "serve.json", steps, lambda progress: measure(run, load, progress))
+
+
+LENGTHS = ("input_len", "output_len", "requests")
+
+
+def _compile(options: argparse.Namespace, command: str) -> int:
+    layers = list(dict.fromkeys(counts("--layers", options.layers))) if options.layers else []
+    if layers and not (Path(options.model) / "config.json").is_file():
+        raise BadInput(f"--layers needs a local model: there is no {options.model}/config.json")
+
+    from vllm_gdn_plugin.bench.engine.results import COMPILE
+
+    run = _engine_run(options, COMPILE, command)
+
+    from vllm_gdn_plugin.bench.engine.compile import measure, steps
+
+    path = options.output / "compile.json"
+    return _measured(run, path, steps(run, layers), lambda progress: measure(run, layers, progress))
+
+
+def _engine_run(options: argparse.Namespace, kind: str, command: str) -> "EngineRun":
+    """An empty run, once all that can be known to be wrong has been asked."""
+    from vllm_gdn_plugin.bench.engine.results import EngineRun
+    from vllm_gdn_plugin.bench.engine.variants import variants
+
+    found = variants(dict.fromkeys(options.strategy.split(",")))
+    rounds = _count("--rounds", options.rounds)
+    _require_modules("torch", *STATISTICS, "tqdm", "psutil", "vllm")
+
+    from vllm_gdn_plugin.bench.machine import describe_machine, require_device
+
+    require_device(options.device)
+    _make_directory(options.output)
+    model = str(Path(options.model).resolve()) if Path(options.model).exists() else options.model
+    return EngineRun(
+        kind=kind,
+        command=command,
+        date=_now(),
+        rounds=rounds,
+        model=model,
+        vllm_arguments=options.vllm_arguments,
+        variants=found,
+        machine=describe_machine(options.device),
+    )
+
+
+def _measured(run: "Run | EngineRun", path: Path, steps: int, measure: Callable[[Any], None]) -> int:
+    """Measure under a progress bar, and write what was measured, however it ends."""
+    from tqdm import tqdm
+
     exit_code = 0
-    with tqdm(total=len(ranks) * len(tokens), unit="point", file=sys.stderr) as progress:
+    with tqdm(total=steps, file=sys.stderr) as progress:
         try:
-            measure(task, run, progress)
+            measure(progress)
         except KeyboardInterrupt:
             run.stopped, exit_code = "interrupted", EXIT_INTERRUPTED
         except BenchError as error:
             run.stopped, exit_code = str(error), error.exit_code
-    if run.points:
-        path = options.output / f"{task.name}.json"
+    if not run.is_empty():
+        from vllm_gdn_plugin.bench.report import write_report
+
         try:
             run.save(path)
         except OSError as error:
             raise BadInput(f"{path} cannot be written: {error.strerror}") from error
-        _write_report(path)
+        write_report(path)
     if run.stopped:
-        kept = f"kept: {len(run.points)} of {progress.total} points" if run.points else "nothing was measured"
+        kept = "nothing was measured" if run.is_empty() else f"kept: {progress.n} of {steps} steps"
         return _complain(f"{run.stopped}; {kept}", exit_code)
     return exit_code
 
 
-def _report(options: argparse.Namespace) -> int:
-    _require_modules("numpy", "scipy", "matplotlib")
+def _report(options: argparse.Namespace, command: str) -> int:
+    _require_modules(*STATISTICS)
+
+    from vllm_gdn_plugin.bench.report import write_report
+
     for path in options.files:
-        _write_report(path)
+        write_report(path)
     return 0
 
 
-def _write_report(path: Path) -> None:
-    """Write the Markdown and the plot of a run beside its JSON, and print the Markdown."""
-    from vllm_gdn_plugin.bench.plot import plot
-    from vllm_gdn_plugin.bench.results import load
-    from vllm_gdn_plugin.bench.table import markdown
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
-    run = load(path)
-    text = markdown(run)
-    try:
-        path.with_suffix(".md").write_text(text, encoding="utf-8")
-        plot(run, path.with_suffix(".png"))
-    except OSError as error:
-        raise BadInput(f"the report of {path} cannot be written: {error.strerror}") from error
-    print(text)
+
+def _count(option: str, text: str) -> int:
+    found = counts(option, text)
+    if len(found) != 1:
+        raise BadInput(f"{option} {text!r} is not one number")
+    return found[0]
 
 
 def _make_directory(path: Path) -> None:
@@ -161,6 +280,9 @@ def _make_directory(path: Path) -> None:
 def _require_modules(*names: str) -> None:
     for name in names:
         try:
-            importlib.import_module(name)
+            if importlib.util.find_spec(name) is None:
+                raise ImportError(f"there is no module {name}")
+            if name != "vllm":  # which takes seconds
+                importlib.import_module(name)
         except ImportError as error:
-            raise BadInput(f"{name} cannot be imported ({error}): install vllm-gdn-plugin[bench], and torch") from error
+            raise BadInput(f"{name} cannot be imported ({error}): install vllm-gdn-plugin[bench], and vLLM") from error

@@ -1,11 +1,15 @@
 """What the bench runs on: hardware, versions, and the bandwidth of its memory."""
 
+import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
@@ -23,20 +27,27 @@ def require_device(device: str) -> None:
         raise BadInput("--device cuda: torch finds no NVIDIA GPU here; --device cpu tries the bench without one")
 
 
-def describe_machine(device: str) -> Machine:
-    """The machine as it is now. On CUDA this measures its bandwidth."""
+def describe_machine(device: str, bandwidth: bool = False) -> Machine:
+    """The machine as it is now.
+
+    Args:
+        device: ``cuda`` or ``cpu``.
+        bandwidth: also measure the bandwidth of the GPU's memory and ask for its cache, which takes some of that
+            memory until this process ends.
+    """
     on_cuda = device == "cuda"
+    on_gpu = on_cuda and bandwidth
     return Machine(
         device=device,
-        hardware=torch.cuda.get_device_name() if on_cuda else platform.processor() or platform.machine(),
+        hardware=_gpus() if on_cuda else f"{cpu()}, {os.cpu_count()} cores",
         python=platform.python_version(),
         vllm_gdn_plugin=vllm_gdn_plugin.__version__,
         torch=str(torch.__version__),
         vllm=_vllm_version(),
         cuda=torch.version.cuda if on_cuda else None,
-        driver=_driver() if on_cuda else None,
-        l2_cache_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size if on_cuda else 0,
-        bandwidth_gb_s=copy_bandwidth() if on_cuda else None,
+        driver=_nvidia_smi("driver_version")[0] if on_cuda else None,
+        l2_cache_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size if on_gpu else 0,
+        bandwidth_gb_s=copy_bandwidth() if on_gpu else None,
     )
 
 
@@ -66,9 +77,24 @@ def _vllm_version() -> str | None:
     return None
 
 
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _gpus() -> str:
+    """The name of the GPU, and how many there are if there are more."""
+    names = _nvidia_smi("name")
+    return f"{len(names)} x {names[0]}" if len(names) > 1 else names[0] or "a GPU that nvidia-smi does not name"
+
+
+def _nvidia_smi(field: str) -> list[str]:
+    """What nvidia-smi says for each GPU, or one empty string. Asking torch would take memory from the GPU."""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip() or None
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().split("\n")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return [""]
+
+
+def cpu() -> str:
+    """The processor's name, as Linux gives it."""
+    with suppress(OSError):
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return names[0] if names else platform.machine()
+    return platform.machine()

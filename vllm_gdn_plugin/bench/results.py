@@ -61,23 +61,32 @@ class Run:
     """Why points are missing, or None where none is."""
     points: list[Point] = field(default_factory=list)
 
+    def is_empty(self) -> bool:
+        """Whether nothing was measured."""
+        return not self.points
+
     def save(self, path: Path) -> None:
         """Write the run to a JSON file."""
         path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
 
 
-def load(path: Path) -> Run:
-    """The run that :meth:`Run.save` wrote. Raises BadInput."""
+def read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, for :func:`parse` or its like. Raises BadInput."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise BadInput(f"{path} is no JSON: {error}") from error
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise BadInput(f"{path} was not written by this version's bench projections: its format is not {FORMAT!r}")
+    if not isinstance(data, dict):
+        raise BadInput(f"{path} holds no object")
+    return data
+
+
+def parse(path: Path, data: dict[str, Any]) -> Run:
+    """The run that :meth:`Run.save` wrote, from its decoded JSON. Raises BadInput."""
     try:
-        points = [_point(point) for point in data.pop("points")]
+        points = [_point(point) for point in data["points"]]
         if not points:
             raise ValueError("it holds no points")
         return Run(**data | {"machine": Machine(**data["machine"]), "points": points})

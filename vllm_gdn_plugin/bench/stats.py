@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import bootstrap, ttest_1samp
 
 from vllm_gdn_plugin.bench.results import QKVZ
 from vllm_gdn_plugin.plan import SERIAL
@@ -75,6 +75,38 @@ def paired_ratio(samples: Sequence[float], baseline: Sequence[float]) -> Ratio:
         rng=np.random.default_rng(SEED),
     ).confidence_interval
     return Ratio(median, float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class Change:
+    """By how many percent paired samples lie above their baseline: geometric mean, and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return not self.low <= 0.0 <= self.high
+
+
+def paired_change(samples: Sequence[float], baseline: Sequence[float]) -> Change:
+    """How ``samples`` compare with ``baseline``, taken in the same rounds, which may be few.
+
+    The interval is Student's for the logarithms of the ratios: a bootstrap of five rounds would be too narrow.
+    """
+    logs = np.log(ratios(samples, baseline))
+    if len(logs) < 2:
+        return Change(_percent(float(logs.mean())), -100.0, float("inf"))
+    if np.ptp(logs) == 0.0:
+        return Change(*[_percent(float(logs[0]))] * 3)
+    found = ttest_1samp(logs, 0.0).confidence_interval(CONFIDENCE)
+    return Change(*(_percent(float(value)) for value in (logs.mean(), found.low, found.high)))
+
+
+def _percent(log_ratio: float) -> float:
+    return 100 * float(np.expm1(log_ratio))
 
 
 def compare(samples: Mapping[str, Sequence[float]]) -> dict[str, Row]:

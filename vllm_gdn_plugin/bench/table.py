@@ -2,7 +2,7 @@
 
 from itertools import groupby
 
-from vllm_gdn_plugin.bench.results import QKVZ, Point, Run
+from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
 from vllm_gdn_plugin.bench.stats import CONFIDENCE, SPREAD, Ratio, Row, compare
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
 
@@ -19,15 +19,15 @@ def markdown(run: Run) -> str:
             f"### {shape.name}, TP {shape.tensor_parallel_size}\n\n"
             f"hidden {shape.hidden}, qkvz {shape.qkvz}, ba {shape.ba} (each rank)"
         )
-        parts.append(_table(_overview(points, rows)))
+        parts.append(table(_overview(points, rows)))
         parts.append("<details><summary>Every number</summary>")
-        parts.append(_table(_details(run, points, rows)))
+        parts.append(table(_details(run, points, rows)))
         parts.append("</details>")
     return "\n\n".join(parts) + "\n"
 
 
-def _about(run: Run) -> list[str]:
-    machine = run.machine
+def about_machine(machine: Machine) -> str:
+    """Hardware and versions in one line."""
     versions = [
         f"vllm-gdn-plugin {machine.vllm_gdn_plugin}",
         f"torch {machine.torch}",
@@ -36,8 +36,13 @@ def _about(run: Run) -> list[str]:
         machine.driver and f"driver {machine.driver}",
         f"Python {machine.python}",
     ]
+    return f"{machine.hardware}; {', '.join(version for version in versions if version)}"
+
+
+def _about(run: Run) -> list[str]:
+    machine = run.machine
     lines = [
-        f"- {machine.hardware}; {', '.join(version for version in versions if version)}; {run.date}",
+        f"- {about_machine(machine)}; {run.date}",
         f"- `{run.command}`",
         f"- us: microseconds per layer, median of {run.rounds} rounds."
         f" x of qkvz: against `in_proj_qkvz` alone, the limit of hiding `in_proj_ba`."
@@ -103,6 +108,7 @@ def _gain(ratio: Ratio) -> str:
     return f"{gain} % ({low} to {high})"
 
 
-def _table(lines: list[list[str]]) -> str:
+def table(lines: list[list[str]]) -> str:
+    """Markdown; the first line is the head."""
     head, *body = lines
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---:"] * len(head), *body])

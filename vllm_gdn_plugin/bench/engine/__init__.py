@@ -1,0 +1,1 @@
+"""``bench serve`` and ``bench compile``: whole engines, with the plugin and without it, in turn."""

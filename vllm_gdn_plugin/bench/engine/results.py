@@ -1,0 +1,102 @@
+"""What a run of ``bench serve`` or ``bench compile`` found, as it lies in its JSON file."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_gdn_plugin.bench.errors import BadInput
+from vllm_gdn_plugin.bench.results import Machine
+
+SERVE, COMPILE = "serve", "compile"
+FORMATS = {kind: f"vllm-gdn-plugin bench {kind} 1" for kind in (SERVE, COMPILE)}
+
+METRICS = {
+    "output_tokens_per_s": "output tokens/s, all requests together",
+    "output_tokens_per_s_per_request": "output tokens/s per request",
+    "tpot_ms": "TPOT, ms: median time per output token after the first",
+    "itl_ms": "ITL, ms: median time between two answers of a stream",
+    "ttft_ms": "TTFT, ms: median time to the first token",
+    "startup_s": "start-up, s: from the start of the process to the first answer of /health",
+    "host_memory_mib": "peak host memory, MiB: resident, summed over the server's processes",
+    "gpu_memory_mib": "GPU memory in use at the end, MiB: all GPUs of the machine",
+    "kv_cache_blocks": "blocks in the KV cache: what the engine's memory leaves for it",
+    "artifacts": "compiled graphs in the cache",
+    "cache_mib": "compile cache, MiB",
+}
+"""What is measured, in the order of the report."""
+
+HIGHER_IS_BETTER = {"output_tokens_per_s", "output_tokens_per_s_per_request", "kv_cache_blocks"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one engine showed in one case of one round."""
+
+    round: int
+    variant: str
+    case: str
+    """``start``; ``concurrency 4``; ``cold``, ``warm``; ``cold, 8 layers``."""
+    values: dict[str, float]
+    """By the names of :data:`METRICS`."""
+
+
+@dataclass
+class EngineRun:
+    """One run of ``bench serve`` or ``bench compile``."""
+
+    kind: str
+    command: str
+    date: str
+    rounds: int
+    model: str
+    vllm_arguments: list[str]
+    variants: dict[str, dict[str, str]]
+    """The environment that each variant adds; ``off`` is the first."""
+    machine: Machine
+    load: str = ""
+    """What the clients asked for, in words."""
+    verified: dict[str, str] = field(default_factory=dict)
+    """By variant: how its answer compares with the stock engine's."""
+    stopped: str | None = None
+    """Why samples are missing, or None where none is."""
+    samples: list[Sample] = field(default_factory=list)
+
+    def is_empty(self) -> bool:
+        """Whether nothing was measured."""
+        return not self.samples
+
+    def add(self, round_number: int, variant: str, case: str, values: dict[str, float]) -> None:
+        """Add one sample."""
+        self.samples.append(Sample(round_number, variant, case, values))
+
+    def cases(self, metric: str) -> list[str]:
+        """The cases that have samples of ``metric``, in order."""
+        return list(dict.fromkeys(sample.case for sample in self.samples if metric in sample.values))
+
+    def values(self, metric: str, case: str, variant: str) -> dict[int, float]:
+        """The samples of one metric in one case, by round."""
+        found = (s for s in self.samples if (s.case, s.variant) == (case, variant) and metric in s.values)
+        return {sample.round: sample.values[metric] for sample in found}
+
+    def save(self, path: Path) -> None:
+        """Write the run to a JSON file."""
+        path.write_text(json.dumps({"format": FORMATS[self.kind], **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(path: Path, data: dict[str, Any]) -> EngineRun:
+    """The run that :meth:`EngineRun.save` wrote, from its decoded JSON. Raises BadInput."""
+    try:
+        samples = [Sample(**sample) for sample in data["samples"]]
+        values = [value for sample in samples for value in sample.values.values()]
+        if not values:
+            raise ValueError("it holds no samples")
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError("a sample is not a number from 0 on")
+        known = all(sample.variant in data["variants"] and sample.values.keys() <= set(METRICS) for sample in samples)
+        if not known:
+            raise ValueError("a sample is of no known variant or metric")
+        return EngineRun(**data | {"machine": Machine(**data["machine"]), "samples": samples})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{path} is damaged: {type(error).__name__}: {error}") from error

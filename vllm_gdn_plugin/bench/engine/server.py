@@ -1,0 +1,138 @@
+"""A ``vllm serve`` of our own: start it, wait until it answers, stop it with all that it has started."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+START_SECONDS = 1800
+"""A large model on a slow disk takes its time; a server that ends is noticed at once."""
+STOP_SECONDS = 20
+POLL_SECONDS = 0.1
+LOG_TAIL_LINES = 30
+
+VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+"""The command ``vllm``, of this Python."""
+
+
+class ServerFailed(RuntimeError):
+    """The server stopped, or did not answer in time. The message ends with the end of its log."""
+
+    def __init__(self, what: str, log: str) -> None:
+        tail = [f"  | {line}" for line in log.splitlines()[-LOG_TAIL_LINES:]]
+        super().__init__("\n".join([f"{what}; the end of its log:", *tail]))
+        self.what = what
+        self.log = log
+
+    def cause(self) -> str:
+        """One line: what happened, and the last line of the log that names an error."""
+        errors = re.findall(r"(?:^|[\s.])(\w*(?:Error|Exception|Refused)\b: .+)$", self.log, re.MULTILINE)
+        return f"{self.what}: {errors[-1]}" if errors else self.what
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    """``http://127.0.0.1:PORT``"""
+    log_path: Path
+    pid: int
+    seconds: float
+    """From the start of the process to the first answer of ``/health``."""
+
+    def log_text(self) -> str:
+        """What it has logged so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def get(self, path: str) -> str:
+        """The body that ``path`` answers."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as response:
+            return str(response.read().decode())
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """POST ``body`` as JSON to ``path``; returns the decoded answer."""
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return json.load(response)
+
+
+@contextmanager
+def serve(
+    model: Path | str, *, env: Mapping[str, str], directory: Path, arguments: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Serve ``model`` on a free port of 127.0.0.1, and stop it when the block ends, however it ends.
+
+    Args:
+        model, arguments: what follows ``vllm serve``.
+        env: the whole environment of the server.
+        directory: where it runs, and where its log is written.
+
+    Raises ServerFailed if it does not come up.
+    """
+    log_path = directory / f"server-{time.time_ns()}.log"
+    port = _free_port()
+    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    started = time.monotonic()
+    with log_path.open("wb") as log:
+        # From `directory`, so that Python imports installed packages, not the current tree; as a process group of its
+        # own, so that all of it can be stopped.
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_healthy(process, url, log_path)
+        yield Server(url, log_path, process.pid, time.monotonic() - started)
+    finally:
+        try:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+        finally:
+            end_group(process)
+
+
+def end_group(process: "subprocess.Popen[bytes]") -> None:
+    """Kill ``process``, started with ``start_new_session=True``, and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_healthy(process: "subprocess.Popen[bytes]", url: str, log_path: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerFailed(f"the server stopped with {process.returncode}", log_path.read_text(errors="replace"))
+        try:
+            with urllib.request.urlopen(url + "/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(POLL_SECONDS)
+    raise ServerFailed(f"the server did not answer within {START_SECONDS} s", log_path.read_text(errors="replace"))
