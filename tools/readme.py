@@ -11,8 +11,13 @@ import statistics
 import sys
 from pathlib import Path
 
+from vllm_gdn_plugin.bench.engine.compile import COLD, WARM
+from vllm_gdn_plugin.bench.engine.results import EngineRun
+from vllm_gdn_plugin.bench.engine.table import changes, shown
+from vllm_gdn_plugin.bench.engine.variants import OFF
 from vllm_gdn_plugin.bench.report import load
 from vllm_gdn_plugin.bench.results import Point, Run
+from vllm_gdn_plugin.bench.table import about_machine
 from vllm_gdn_plugin.contract import GDN_CLASSES
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, RULES, SERIAL
 from vllm_gdn_plugin.settings import describe
@@ -118,12 +123,47 @@ def percent(point: Point, strategy: str) -> float:
     return 100 * (1 - statistics.median(one / serial for one, serial in pairs))
 
 
+def start_up() -> str:
+    whole, pieces = (load(RESULTS / name / "compile.json") for name in ("cpu", "cpu-piecewise"))
+    assert isinstance(whole, EngineRun)
+    assert isinstance(pieces, EngineRun)
+    return f"""vLLM's CPU engine with a tiny model, {about_machine(whole.machine)}: seconds
+from the start of `vllm serve` to its first answer, median of {whole.rounds} interleaved rounds, and the change with its
+95 % interval ([every number](benchmarks/results/cpu/compile.md), `python benchmarks/cpu_compile.py`).
+
+{seconds(whole)}
+
+And what the `LayerName` is for: compiled graphs over the number of layers, with the CPU engine made to compile
+piecewise as it does on a GPU ([every number](benchmarks/results/cpu-piecewise/compile.md)).
+
+{graphs(pieces)}"""
+
+
+def seconds(run: EngineRun) -> str:
+    lines = ["| caches | without the plugin | dual_stream | change |", "|---|---|---|---|"]
+    for case in (COLD, WARM):
+        off, on = (statistics.median(run.values("startup_s", case, name).values()) for name in (OFF, DUAL_STREAM))
+        change = shown(changes(run, "startup_s", case, DUAL_STREAM))
+        lines.append(f"| {'empty' if case == COLD else 'full'} | {off:.1f} s | {on:.1f} s | {change} |")
+    return "\n".join(lines)
+
+
+def graphs(run: EngineRun) -> str:
+    cases = [case for case in run.cases("artifacts") if case not in (COLD, WARM)]
+    lines = [f"| | {' | '.join(case.removeprefix(f'{COLD}, ') for case in cases)} |", "|---|" + "---|" * len(cases)]
+    for name in run.variants:
+        counts = " | ".join(f"{run.values('artifacts', case, name)[0]:.0f}" for case in cases)
+        lines.append(f"| {'without the plugin' if name == OFF else name} | {counts} |")
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     for name, make in {
         "strategies": strategies,
         "settings": settings,
         "releases": releases,
         "results": results,
+        "start-up": start_up,
     }.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         body = f"{start}\n{make()}\n{end}"

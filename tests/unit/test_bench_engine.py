@@ -145,7 +145,7 @@ def test_equal_samples_are_reported_as_no_difference(tmp_path: Path) -> None:
     assert all("no difference shown" in row for row in rows)
     slower = markdown(run_of(factors=(1.10, 1.11, 1.10)))
     row = next(line for line in slower.splitlines() if line.startswith("| concurrency 4"))
-    assert row == "| concurrency 4 | 11 (10 to 12) | 12.21 (11 to 13.2) | +10.3 % (+8.9 to +11.8) |"
+    assert row == "| concurrency 4 | 11 (10 to 12) | 12.21 (11 to 13.2) | +10.3 % (+8.9 % to +11.8 %) |"
 
 
 @needs_report

@@ -8,6 +8,9 @@ from vllm_gdn_plugin.bench.engine.variants import OFF
 from vllm_gdn_plugin.bench.stats import CONFIDENCE, Change, paired_change
 from vllm_gdn_plugin.bench.table import NO_DIFFERENCE, about_machine, table
 
+WIDE = 999
+"""Percent. Where an interval reaches further, the rounds were too few to say anything."""
+
 TITLES = {SERVE: "Serving with and without vllm-gdn-plugin", COMPILE: "Start-up and compilation with and without it"}
 
 
@@ -56,7 +59,7 @@ def _lines(run: EngineRun, metric: str, cases: list[str]) -> list[list[str]]:
     for case in cases:
         line = [case, _spread(run.values(metric, case, OFF))]
         for name in others:
-            line += [_spread(run.values(metric, case, name)), _change(changes(run, metric, case, name))]
+            line += [_spread(run.values(metric, case, name)), shown(changes(run, metric, case, name))]
         lines.append(line)
     return lines
 
@@ -73,8 +76,13 @@ def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
 
 
-def _change(change: Change | None) -> str:
+def shown(change: Change | None) -> str:
+    """A change and its interval, for a cell of a table."""
     if change is None:
         return ""
-    interval = f"{change.mean:+.1f} % ({change.low:+.1f} to {change.high:+.1f})"
-    return interval if change.shows_difference else f"{NO_DIFFERENCE}: {interval}"
+    interval = f"({_percent(change.low)} to {_percent(change.high)})"
+    return f"{_percent(change.mean)} {interval}" if change.shows_difference else f"{NO_DIFFERENCE} {interval}"
+
+
+def _percent(value: float) -> str:
+    return f"{value + 0.0:+.1f} %" if value < WIDE else f"over +{WIDE} %"
