@@ -5,6 +5,7 @@ import os
 import subprocess
 import tempfile
 import time
+import urllib.error
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ def started(
         log = Path(tempfile.gettempdir(), f"gdn-bench-{variant}-{time.time_ns()}.log")
         log.write_text(error.log)
         raise BadInput(f"{variant}: {error.cause()} (its log: {log})") from error
+    except urllib.error.URLError as error:
+        raise BadInput(f"{variant}: the server does not answer as expected: {error}") from error
 
 
 def _drive(run: EngineRun, server: Server, load: Load, concurrency: int, seed: int) -> dict[str, float]:
