@@ -1,0 +1,42 @@
+"""Run vLLM's own tests in a process that has loaded vLLM's plugins, as each process of an engine does.
+
+    python host_pytest.py {with,without} [PYTEST-ARGUMENTS]...
+
+Every installed plugin is loaded, the one under test only `with`. Ends with a line that says what it did here.
+"""
+
+import os
+import sys
+from importlib.metadata import distributions
+
+import pytest
+
+
+class WithoutCleanup:
+    """vLLM's clean-up after each test takes longer than the test, and fails where a platform has no accelerator."""
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            item.add_marker("skip_global_cleanup")
+
+
+def main() -> int:
+    entry_points = [entry_point for distribution in distributions() for entry_point in distribution.entry_points]
+    names = {entry_point.name for entry_point in entry_points if entry_point.group.startswith("vllm.")}
+    if sys.argv[1] == "without":
+        names.discard("vllm_gdn_plugin")
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names))
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    status = pytest.main(sys.argv[2:], plugins=[WithoutCleanup()])
+    from vllm import envs
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    ours = [name for name, layer in op_registry_oot.items() if getattr(layer, "is_gdn_plugin", False)]
+    print(f"vllm_gdn_plugin loaded: {'VLLM_GDN_PLUGIN' in envs.environment_variables}, replaced: {ours}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
