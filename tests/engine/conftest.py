@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,9 @@ from typing import Any
 import pytest
 from serving import end_group, engine_env
 
+from vllm_gdn_plugin import report
+from vllm_gdn_plugin.host import LOGGER
+
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
 TIMEOUT_SECONDS = 300
@@ -28,6 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The warnings of the plugin since the test began, as if nothing had been said in this process before."""
+    monkeypatch.setattr(report, "_said", set())
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    ours = logging.getLogger(LOGGER)
+    ours.addHandler(handler)
+    yield messages
+    ours.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +81,11 @@ def witness(scratch: Path) -> Callable[..., tuple[dict[str, str], Callable[[], l
     (information / "entry_points.txt").write_text("[vllm.general_plugins]\nwitness = witness:register\n")
     shutil.copy(HERE / "witness.py", site)
 
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
     def settings(breaks: str | None = None) -> tuple[dict[str, str], Callable[[], list[dict[str, Any]]]]:
         file = site / f"{time.time_ns()}.jsonl"
-        env = {"PYTHONPATH": str(site), "WITNESS_FILE": str(file)} | ({"WITNESS_BREAKS": breaks} if breaks else {})
+        env = {"PYTHONPATH": path, "WITNESS_FILE": str(file)} | ({"WITNESS_BREAKS": breaks} if breaks else {})
         return env, lambda: [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     return settings

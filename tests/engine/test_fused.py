@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,21 +165,6 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     monkeypatch.setattr(host, "layer_by_name", lambda name: known[getattr(name, "value", name)])
     yield known
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    """The warnings of the plugin since the test began, as if nothing had been said in this process before."""
-    from vllm import logger
-
-    logger._print_warning_once.cache_clear()
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    ours = logging.getLogger("vllm.vllm_gdn_plugin")
-    ours.addHandler(handler)
-    yield messages
-    ours.removeHandler(handler)
 
 
 def project(name: str, x: Any) -> Any:
