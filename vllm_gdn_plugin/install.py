@@ -111,8 +111,8 @@ def loaded(settings: Settings, platform: str, layer: Any) -> None:
             del layer.gdn_fused
             raise Refused("the loader replaced a weight that fused needs in place")
         layer.gdn_strategy = planned
-    ledger.finish(layer.prefix, layer.gdn_strategy)
     with stepping_aside(settings, speaks=host.is_first_rank) as say:
+        ledger.finish(layer.prefix, layer.gdn_strategy)
         summary = ledger.summary()
         if summary:
             say("info", f"{summary} (platform {platform}, vLLM {host.version()})", again=True)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
 
     Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, all that the processes
     printed as `log`, and the directories that vLLM added to its `compile_caches`. `env` adds to `engine_env`, so it
-    can also choose another VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments.
-    `fails`: the engine is expected to stop with an error.
+    can also choose another VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments,
+    and `launcher` the command that runs it. `fails`: the engine is expected to stop with an error.
     """
 
     def generate(
@@ -108,11 +108,12 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
         eager: bool = True,
         tp: int = 1,
         script: Path = HERE / "generate.py",
+        launcher: Sequence[str | Path] = (sys.executable,),
         fails: bool = False,
     ) -> dict[str, Any]:
         output = scratch / "tmp" / "generated.json"
         output.unlink(missing_ok=True)
-        command = [sys.executable, str(script), str(models(kind)), str(output)]
+        command = [*map(str, launcher), str(script), str(models(kind)), str(output)]
         command += ["--tensor-parallel-size", str(tp)] + ([] if eager else ["--compiled"])
         caches = scratch / "cache" / "torch_compile_cache"
         before = set(caches.glob("*/*"))
