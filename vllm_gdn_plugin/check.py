@@ -16,8 +16,9 @@ import vllm_gdn_plugin
 from vllm_gdn_plugin import host
 from vllm_gdn_plugin.checkpoint import ASSUMED, Unreadable, read_groups
 from vllm_gdn_plugin.contract import Contract, check_contract
-from vllm_gdn_plugin.decision import Decision, Status, decide
+from vllm_gdn_plugin.decision import Decision, Status, decide, refusal
 from vllm_gdn_plugin.plan import AUTO, SERIAL, platform_plan
+from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 
@@ -105,11 +106,11 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
         with redirect_stdout(sys.stderr):  # the report alone belongs on stdout, whatever an import prints
             found, package = host.version(), host.package_directory()
     except (Exception, SystemExit) as error:
-        reason = f"vLLM cannot be imported: {_in_one_line(error)}"
+        reason = f"vLLM cannot be imported: {in_one_line(error)}"
         return Report("unknown", reason, SERIAL, ADVICE["unknown"], warnings=warnings)
     contract = check_contract(package)
     platform, device = _platform(settings, found, contract)
-    decision = decide(settings, found, lambda: contract, lambda: platform or "unknown")
+    decision = decide(settings, found, contract, lambda: platform or "unknown")
     if decision.status != "refused" and platform is None:
         decision = Decision("unknown", SERIAL, f"vLLM cannot tell its platform: {device}")
     decision, plugins, entry_point = _seen_by_vllm(decision, environ, warnings)
@@ -170,16 +171,11 @@ def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report
         CannotTell: ``vllm_source`` is neither a source tree of vLLM nor its wheel.
     """
     settings, warnings = read_settings()
-    parts = []
-    contract = None
-    if vllm_version is not None:
-        verdict = judge_version(vllm_version, settings.allow_untested)
-        parts.append((verdict.admitted, verdict.reason))
-    if vllm_source is not None:
-        contract = check_contract(open_source(vllm_source))
-        parts.append((contract.holds, contract.reason))
-    holds = all(ok for ok, _ in parts)
-    reason = "; ".join(reason for ok, reason in parts if ok == holds)
+    verdict = judge_version(vllm_version, settings.allow_untested) if vllm_version is not None else None
+    contract = check_contract(open_source(vllm_source)) if vllm_source is not None else None
+    refused = refusal(verdict, contract)
+    holds = refused is None
+    reason = refused or "; ".join(part.reason for part in (verdict, contract) if part is not None)
     chosen = platform_plan("cuda", settings.strategy)
     if holds and chosen.strategy == SERIAL:
         return Report("serial", chosen.reason, SERIAL, ADVICE["serial"], vllm_version=vllm_version, warnings=warnings)
@@ -220,17 +216,13 @@ def _platform(settings: Settings, found: str, contract: Contract) -> tuple[str |
         with redirect_stdout(sys.stderr):
             name = host.platform()
     except (Exception, SystemExit) as error:
-        return None, _in_one_line(error)
+        return None, in_one_line(error)
     try:
         from vllm.platforms import current_platform
 
         return name, str(current_platform.get_device_name())
     except Exception as error:
-        return name, f"not known: {_in_one_line(error)}"
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        return name, f"not known: {in_one_line(error)}"
 
 
 def _torch_version() -> str | None:

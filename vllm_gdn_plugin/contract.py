@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_gdn_plugin.versions import SUPPORTED_RANGE
+
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
@@ -87,7 +89,10 @@ class Contract:
                 " any more and stands down; you can uninstall vllm-gdn-plugin"
             )
         if self.breaches:
-            return "this vLLM is not as the plugin expects it: " + "; ".join(self.breaches)
+            return (
+                f"this vLLM is not as the plugin expects it: {'; '.join(self.breaches)};"
+                f" upgrade vllm-gdn-plugin, or use a release of vLLM {SUPPORTED_RANGE}"
+            )
         return f"{self.module}.{self.class_name} is as the plugin expects it"
 
 
@@ -96,21 +101,29 @@ def check_contract(package: "Traversable") -> Contract:
 
     Never raises on content: a file that is missing or cannot be parsed is a breach.
     """
-    module = next((m for m in GDN_CLASSES if _file(package, m).is_file()), None)
+    module = layer_module(package)
     if module is None:
-        return Contract(None, None, (f"no GDN layer found: there is neither {' nor '.join(GDN_CLASSES)}",))
+        return Contract(None, None, (f"the GDN layer has moved: there is neither {' nor '.join(GDN_CLASSES)}",))
     class_name = GDN_CLASSES[module]
     try:
-        classes = [n for n in _parse(package, module).body if isinstance(n, ast.ClassDef) and n.name == class_name]
+        defined = [node for node in _parse(package, module).body if isinstance(node, ast.ClassDef)]
+        classes = [node for node in defined if node.name == class_name]
         if len(classes) != 1:
             found = "no" if not classes else "more than one"
-            return Contract(module, class_name, (f"there is {found} class {class_name} in {module}",))
+            others = [node.name for node in defined if node not in classes and all(_uses(node, p) for p in PROJECTIONS)]
+            renamed = f", it may now be {' or '.join(others)}" if others else ""
+            return Contract(module, class_name, (f"there is {found} class {class_name} in {module}{renamed}",))
         breaches = _layer_breaches(classes[0])
-        superseded = _overlaps_by_itself(classes[0], breaches)
+        superseded = _overlaps_by_itself(classes[0])
         return Contract(module, class_name, (*breaches, *_missing_helpers(package)), superseded)
     except UNREADABLE as error:
         why = f"{type(error).__name__}: {error}"
         return Contract(module, class_name, (f"the source of {module} cannot be read: {why}",))
+
+
+def layer_module(package: "Traversable") -> str | None:
+    """The module that holds the layer in these sources, or None where there is none that the plugin knows."""
+    return next((module for module in GDN_CLASSES if _file(package, module).is_file()), None)
 
 
 def _file(package: "Traversable", module: str) -> "Traversable":
@@ -304,20 +317,23 @@ def _called_methods(body: list[ast.stmt], methods: dict[str, ast.FunctionDef]) -
     return reached
 
 
-def _uses(function: ast.FunctionDef, attribute: str) -> bool:
-    return any(isinstance(n, ast.Attribute) and n.attr == attribute for n in ast.walk(function))
+def _uses(code: ast.AST, attribute: str) -> bool:
+    return any(isinstance(n, ast.Attribute) and n.attr == attribute for n in ast.walk(code))
 
 
-def _overlaps_by_itself(layer: ast.ClassDef, breaches: list[str]) -> bool:
+def _overlaps_by_itself(layer: ast.ClassDef) -> bool:
     """Whether the layer names a means of overlapping or fusing the projections.
 
     A single ``self.in_proj`` counts only where the two projections are gone from ``forward_cuda``.
     """
-    names = {
+    forward = [_names(n) for n in layer.body if isinstance(n, ast.FunctionDef) and n.name == "forward_cuda"]
+    merged = any("in_proj" in names and not names & set(PROJECTIONS) for names in forward)
+    return merged or bool(_names(layer) & set(UPSTREAM_OVERLAP))
+
+
+def _names(code: ast.AST) -> set[str]:
+    return {
         n.attr if isinstance(n, ast.Attribute) else n.id
-        for n in ast.walk(layer)
+        for n in ast.walk(code)
         if isinstance(n, (ast.Attribute, ast.Name))
     }
-    return bool(names & set(UPSTREAM_OVERLAP)) or (
-        bool(breaches) and "in_proj" in names and not names & set(PROJECTIONS)
-    )

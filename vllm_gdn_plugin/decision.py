@@ -7,7 +7,7 @@ from typing import Any, Literal
 from vllm_gdn_plugin.contract import Contract
 from vllm_gdn_plugin.plan import SERIAL, platform_plan
 from vllm_gdn_plugin.settings import Settings
-from vllm_gdn_plugin.versions import judge_version
+from vllm_gdn_plugin.versions import VersionVerdict, judge_version
 
 Status = Literal["active", "serial", "refused", "disabled", "unknown"]
 
@@ -22,10 +22,22 @@ class Decision:
     reason: str
 
 
+def refusal(verdict: VersionVerdict | None, contract: Contract | None) -> str | None:
+    """What happened and what to do, where the version or the contract does not hold; None where both do.
+
+    Either may be unknown (None). To allow an untested version is only advised where the contract may hold.
+    """
+    if contract is None or contract.holds or (verdict is not None and verdict.standing == "older"):
+        return None if verdict is None or verdict.admitted else verdict.reason
+    if verdict is None or verdict.standing == "supported":
+        return contract.reason
+    return f"{verdict.what}; {contract.reason}"
+
+
 def decide(
     settings: Settings,
     vllm_version: str,
-    contract: Callable[[], Contract],
+    contract: Contract,
     platform: Callable[[], str],
     holder: Callable[[str], Any] = lambda class_name: None,
 ) -> Decision:
@@ -33,23 +45,21 @@ def decide(
 
     Args:
         vllm_version: ``vllm.__version__``.
-        contract: checks the host's source; only called where the version is admitted.
+        contract: what the check of the host's source found.
         platform: names the host's platform; only called where the contract holds.
         holder: the class another plugin has registered in place of the host's, or None.
     """
     verdict = judge_version(vllm_version, settings.allow_untested)
-    if not verdict.admitted:
-        return Decision("refused", SERIAL, verdict.reason)
-    found = contract()
-    if not found.holds:
-        return Decision("refused", SERIAL, found.reason)
-    other = holder(found.class_name or "")
+    why = refusal(verdict, contract)
+    if why is not None:
+        return Decision("refused", SERIAL, why)
+    other = holder(contract.class_name or "")
     if other is not None:
         name = f"{other.__module__}.{other.__qualname__}"
         return Decision(
             "refused",
             SERIAL,
-            f"{name} already replaces {found.class_name}: vLLM allows one replacement;"
+            f"{name} already replaces {contract.class_name}: vLLM allows one replacement;"
             " leave one of the two plugins out of VLLM_PLUGINS",
         )
     chosen = platform_plan(platform(), settings.strategy)

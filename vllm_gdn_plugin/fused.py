@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from vllm_gdn_plugin.report import unexpected
+
 ROW_ALIGNMENT = 16
 """Output rows are padded to a multiple of this many elements: the consumers' Triton kernels load vectors only where
 the row stride is divisible by 16."""
@@ -33,12 +35,12 @@ class FusedProjections:
         blocks = storage.split([*self.sizes, self.padding])
         for linear, block in zip((qkvz, ba), blocks, strict=False):
             block.copy_(linear.weight.data)
-            linear.weight.data = block
         self.weight = torch.nn.Parameter(storage, requires_grad=False)
         self._where = tuple(_whereabouts(block) for block in blocks[:2])
         self._packed: tuple[Any, Any] | None = None
         self._loaded = False
         self.broken = False
+        qkvz.weight.data, ba.weight.data = blocks[:2]  # last: where a step before fails, the layer is as it was
 
     def __getattr__(self, name: str) -> Any:
         if name == "qkvz":  # not yet there, as in a copy that is being made
@@ -59,13 +61,20 @@ class FusedProjections:
     def why_broken(self, layer: Any, hidden_states: torch.Tensor) -> str | None:
         """Why the one weight no longer stands for the layer's projections, or None.
 
-        Asked before every GEMM; launches no kernel once the first was asked.
+        Asked before every GEMM; launches no kernel once the first was asked. Where asking fails, that is the reason;
+        what the projections themselves raise passes through.
         """
-        if layer.in_proj_qkvz is not self.qkvz or layer.in_proj_ba is not self.ba:
-            return "in_proj_qkvz or in_proj_ba was replaced after loading"
-        if self.qkvz.bias is not None or self.ba.bias is not None:
-            return "in_proj_qkvz or in_proj_ba was given a bias after loading"
-        if self._is_in_place() or self._is_as_packed(layer, hidden_states):
+        try:
+            if layer.in_proj_qkvz is not self.qkvz or layer.in_proj_ba is not self.ba:
+                return "in_proj_qkvz or in_proj_ba was replaced after loading"
+            if self.qkvz.bias is not None or self.ba.bias is not None:
+                return "in_proj_qkvz or in_proj_ba was given a bias after loading"
+            if self._is_in_place():
+                return None
+            packed = self._packed_weights()
+        except Exception as error:
+            return unexpected(error)
+        if packed is not None and self._is_as_packed(packed, layer, hidden_states):
             return None
         return "the weight of in_proj_qkvz or in_proj_ba was replaced or moved after loading"
 
@@ -82,14 +91,18 @@ class FusedProjections:
         weights = (self.qkvz.weight, self.ba.weight)
         return all(w is not None and _whereabouts(w) == where for w, where in zip(weights, self._where, strict=True))
 
-    def _is_as_packed(self, layer: Any, hidden_states: torch.Tensor) -> bool:
-        """Whether both hold the packed weights (vLLM's ``cpu_linear``) that they had at the first call.
+    def _packed_weights(self) -> tuple[Any, Any] | None:
+        """vLLM's ``cpu_linear`` of both, where they hold packed weights instead of weights."""
+        now = (getattr(self.qkvz, "cpu_linear", None), getattr(self.ba, "cpu_linear", None))
+        if None in now or any(linear.weight is None or linear.weight.numel() for linear in (self.qkvz, self.ba)):
+            return None
+        return now
+
+    def _is_as_packed(self, now: tuple[Any, Any], layer: Any, hidden_states: torch.Tensor) -> bool:
+        """Whether both hold the packed weights that they had at the first call.
 
         Packing drops the weights, so the first call compares the results; from then on the objects count.
         """
-        now = (getattr(self.qkvz, "cpu_linear", None), getattr(self.ba, "cpu_linear", None))
-        if None in now or any(linear.weight is None or linear.weight.numel() for linear in (self.qkvz, self.ba)):
-            return False
         if self._packed is None:
             sizes = [*self.sizes, self.padding]
             both, one_by_one = self.apply(hidden_states), self.apply_serially(layer, hidden_states)

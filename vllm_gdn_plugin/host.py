@@ -3,7 +3,7 @@
 import importlib.util
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -49,11 +49,6 @@ def logger() -> logging.Logger:
     return log
 
 
-def warn_once(message: str) -> None:
-    """A warning that a layer gives while the engine runs: once in a process, however many layers give it."""
-    logger().warning_once("vllm-gdn-plugin: %s", message)  # type: ignore[attr-defined]
-
-
 def is_first_rank() -> bool:
     """Whether this process speaks for its engine: rank 0 of all workers, or the only one."""
     from vllm.distributed.parallel_state import is_global_first_rank
@@ -84,6 +79,17 @@ def replace(class_name: str, replacement: Any) -> None:
     from vllm.model_executor.custom_op import PluggableLayer
 
     PluggableLayer.register_oot(name=class_name)(replacement)
+
+
+def withdraw(variables: Iterable[str], class_names: Iterable[str]) -> None:
+    """Take back what :func:`declare_variables` and :func:`replace` have done, be it all, a part or nothing."""
+    known = getattr(sys.modules.get("vllm.envs"), "environment_variables", {})
+    for name in variables:
+        known.pop(name, None)
+    replacements = getattr(sys.modules.get("vllm.model_executor.custom_op"), "op_registry_oot", {})
+    for name in class_names:
+        if getattr(replacements.get(name), "is_gdn_plugin", False):
+            del replacements[name]
 
 
 def layer_facts(layer: Any, requested_platform: str) -> LayerFacts:
@@ -185,10 +191,15 @@ def when_imported(module_names: tuple[str, ...], action: Callable[[ModuleType], 
     Nothing is imported for it: a process that never needs the module never pays for it. The watch ends when the
     action answers True. A second call replaces the first.
     """
-    for finder in [f for f in sys.meta_path if isinstance(f, _ImportWatch)]:
-        sys.meta_path.remove(finder)
+    stop_watching()
     if not any(action(sys.modules[name]) for name in module_names if name in sys.modules):
         sys.meta_path.insert(0, _ImportWatch(module_names, action))
+
+
+def stop_watching() -> None:
+    """Take back what :func:`when_imported` has done."""
+    for finder in [f for f in sys.meta_path if isinstance(f, _ImportWatch)]:
+        sys.meta_path.remove(finder)
 
 
 class _ImportWatch(MetaPathFinder):

@@ -9,8 +9,8 @@ from typing import Any
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.contract import GDN_CLASSES, check_contract
-from vllm_gdn_plugin.decision import decide
+from vllm_gdn_plugin.contract import GDN_CLASSES, check_contract, layer_module
+from vllm_gdn_plugin.decision import decide, refusal
 from vllm_gdn_plugin.overlap import share_no_scratch
 from vllm_gdn_plugin.plan import FUSED, SERIAL, plan
 from vllm_gdn_plugin.report import Refused, ledger, stepping_aside
@@ -25,39 +25,56 @@ def register() -> None:
     """
     settings, problems = read_settings()
     with stepping_aside(settings, speaks=lambda: multiprocessing.parent_process() is None) as say:
+        package = host.package_directory()
         verdict = judge_version(host.version(), settings.allow_untested)
-        if not verdict.admitted:
-            raise Refused(verdict.reason)
+        if not verdict.admitted or layer_module(package) is None:  # no import of the layer to wait for
+            raise Refused(refusal(verdict, check_contract(package)))
         for problem in problems:
             say("warning", problem)
-        host.declare_variables(compile_factors(settings))
-        host.when_imported(tuple(GDN_CLASSES), partial(install, settings))
+        factors = compile_factors(settings)
+        try:
+            host.declare_variables(factors)
+            host.when_imported(tuple(GDN_CLASSES), partial(install, settings))
+        except BaseException:
+            host.stop_watching()
+            host.withdraw(factors, GDN_CLASSES.values())
+            raise
 
 
 def install(settings: Settings, module: ModuleType) -> bool:
     """Replace the GDN class of ``module``, which the host has just imported, if every condition holds.
 
-    Answers False where the layer is in another module, which is still to come.
+    Answers False where the layer is in another module, which is still to come. Whatever fails, the host is left as
+    it was before :func:`register`.
     """
     with stepping_aside(settings, speaks=host.is_first_rank) as say:
-        contract = check_contract(host.package_directory())
-        if contract.module not in (None, module.__name__):
-            return False
         class_name = GDN_CLASSES[module.__name__]
-        present = host.replacement_of(class_name)
-        if getattr(present, "is_gdn_plugin", False):
-            return True
-        platform = host.platform()
-        decision = decide(settings, host.version(), lambda: contract, lambda: platform, holder=lambda name: present)
-        unwanted = decision.status == "serial" and settings.strategy != SERIAL
-        if decision.status == "refused" or (unwanted and settings.strict):
-            raise Refused(decision.reason)
-        if decision.status == "serial":
-            say("info", f"stock vLLM is left untouched: {decision.reason}")
-            return True
-        from vllm_gdn_plugin.layer import make_layer_class
+        try:
+            return _install(settings, module, class_name, say)
+        except BaseException:
+            host.withdraw(compile_factors(settings), [class_name])
+            raise
+    return True
 
-        host.replace(class_name, make_layer_class(getattr(module, class_name), partial(adopt, settings, platform)))
+
+def _install(settings: Settings, module: ModuleType, class_name: str, say: Callable[..., None]) -> bool:
+    present = host.replacement_of(class_name)
+    if getattr(present, "is_gdn_plugin", False):
+        return True
+    contract = check_contract(host.package_directory())
+    if contract.module not in (None, module.__name__):
+        return False
+    platform = host.platform()
+    decision = decide(settings, host.version(), contract, lambda: platform, holder=lambda name: present)
+    unwanted = decision.status == "serial" and settings.strategy != SERIAL
+    if decision.status == "refused" or (unwanted and settings.strict):
+        raise Refused(decision.reason)
+    if decision.status == "serial":
+        say("info", f"stock vLLM is left untouched: {decision.reason}")
+        return True
+    from vllm_gdn_plugin.layer import make_layer_class
+
+    host.replace(class_name, make_layer_class(getattr(module, class_name), partial(adopt, settings, platform)))
     return True
 
 
@@ -70,14 +87,15 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
         chosen = plan(facts, settings.strategy)
         if chosen.strategy == SERIAL:
             raise Refused(chosen.reason)
+        after_loading = host.after_loading(partial(loaded, settings, platform))
+        layer.gdn_max_tokens = settings.max_tokens
+        layer.gdn_safe_pair = share_no_scratch(facts.qkvz.linear_method, facts.ba.linear_method)
         if chosen.strategy == FUSED:
             from vllm_gdn_plugin.fused import FusedProjections
 
             layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
             layer.gdn_padding = layer.gdn_fused.padding
-        layer.gdn_max_tokens = settings.max_tokens
-        layer.gdn_safe_pair = share_no_scratch(facts.qkvz.linear_method, facts.ba.linear_method)
-        layer.quant_method = host.after_loading(partial(loaded, settings, platform))
+        layer.quant_method = after_loading
         layer.gdn_strategy = chosen.strategy
         ledger.record(layer.prefix, chosen.strategy)
 
@@ -93,8 +111,8 @@ def loaded(settings: Settings, platform: str, layer: Any) -> None:
             del layer.gdn_fused
             raise Refused("the loader replaced a weight that fused needs in place")
         layer.gdn_strategy = planned
-    ledger.finish(layer.prefix, layer.gdn_strategy)
     with stepping_aside(settings, speaks=host.is_first_rank) as say:
+        ledger.finish(layer.prefix, layer.gdn_strategy)
         summary = ledger.summary()
         if summary:
             say("info", f"{summary} (platform {platform}, vLLM {host.version()})", again=True)

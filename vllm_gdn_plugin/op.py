@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import LayerNameType, aux_stream, direct_register_cu
 
 from vllm_gdn_plugin import host
 from vllm_gdn_plugin.overlap import StaysSerial, stays_serial
+from vllm_gdn_plugin.report import unexpected, warn_once
 
 _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
 
@@ -35,7 +36,8 @@ def gdn_in_proj(
     Returns:
         (num_tokens, qkvz_size) and (num_tokens, ba_size), contiguous, in the dtype of ``hidden_states``.
 
-    What a projection raises, an out-of-memory say, passes through.
+    What a projection raises, an out-of-memory say, passes through; so does a failure to find the layer, which vLLM's
+    own GDN op looks up in the same way. Should anything else fail, the call runs serially, and a line says why once.
     """
     layer = host.layer_by_name(layer_name)
 
@@ -45,11 +47,22 @@ def gdn_in_proj(
     def ba() -> torch.Tensor:
         return layer.in_proj_ba(hidden_states)[0]
 
-    if why_serial(hidden_states, layer) is not None:
+    overlap = fork_and_join(hidden_states, layer)
+    if overlap is None:
         return qkvz(), ba()
-    # Only reached while a graph is captured: events made here cost nothing at replay and are shared with nobody.
-    fork, join = torch.cuda.Event(), torch.cuda.Event()
-    return maybe_execute_in_parallel(qkvz, ba, fork, join, aux_stream())  # type: ignore[no-any-return]
+    return maybe_execute_in_parallel(qkvz, ba, *overlap)  # type: ignore[no-any-return]
+
+
+def fork_and_join(hidden_states: torch.Tensor, layer: Any) -> tuple[Any, Any, Any] | None:
+    """The two events and the stream of a call that overlaps; None for one that runs serially, also where this fails."""
+    try:
+        if why_serial(hidden_states, layer) is not None:
+            return None
+        # Only reached while a graph is captured: events made here cost nothing at replay and are shared with nobody.
+        return torch.cuda.Event(), torch.cuda.Event(), aux_stream()
+    except Exception as error:
+        warn_once("dual_stream failed and runs serially", unexpected(error))
+        return None
 
 
 def why_serial(hidden_states: torch.Tensor, layer: Any) -> StaysSerial | None:
@@ -80,6 +93,7 @@ def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerN
 
     vLLM drops the guards of its compiled graphs, so what must hold at every call is asked here: should a weight have
     been replaced or moved, the two projections are computed as stock vLLM would, and the reason is logged once.
+    What is raised in it is as in :func:`gdn_in_proj`.
 
     Args:
         hidden_states: (num_tokens, hidden_size), in the model's dtype.
@@ -96,7 +110,7 @@ def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerN
         if reason is None:
             return fused.apply(hidden_states)
         fused.broken = True
-        host.warn_once(f"a GDN layer goes back to serial, restart to fuse again: {reason}")
+        warn_once("a GDN layer goes back to serial, restart to fuse again", reason)
     return fused.apply_serially(layer, hidden_states)
 
 

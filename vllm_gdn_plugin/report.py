@@ -64,24 +64,46 @@ _said: set[str] = set()
 def stepping_aside(settings: Settings, speaks: Callable[[], bool]) -> Iterator[Callable[..., None]]:
     """Run a step of ours so that whatever goes wrong in it ends in one line, not in the host.
 
-    Yields ``say(level, message, again=False)``, which logs each message once unless told to say it ``again``.
-    ``speaks`` tells whether this process is the one that speaks for the others; where it cannot be asked, every
-    process does.
+    Yields ``say(level, message, again=False)``, which logs each message once unless told to say it ``again``; of
+    unexpected errors, one of each type. ``speaks`` tells whether this process is the one that speaks for the others;
+    where it cannot be asked, every process does.
     """
 
-    def say(level: str, message: str, again: bool = False) -> None:
-        if (again or message not in _said) and _answers_yes(speaks):
-            _said.add(message)
-            getattr(_logger(), level)("vllm-gdn-plugin %s: %s", vllm_gdn_plugin.__version__, message)
+    def say(level: str, message: str, again: bool = False, kind: str = "") -> None:
+        if (again or (kind or message) not in _said) and _answers_yes(speaks):
+            _said.add(kind or message)
+            _log(level, message)
 
     try:
         yield say
     except Exception as error:
-        reason = str(error) if isinstance(error, Refused) else f"unexpected {type(error).__name__}: {error}"
+        refused = isinstance(error, Refused)
+        reason, kind = (str(error), "") if refused else (unexpected(error), type(error).__name__)
         if settings.strict:
-            say("error", f"the engine stops, as VLLM_GDN_PLUGIN_STRICT=1 asks: {reason}")
+            say("error", f"the engine stops, as VLLM_GDN_PLUGIN_STRICT=1 asks: {reason}", kind=kind)
             raise Refused(f"vllm-gdn-plugin: {reason} (VLLM_GDN_PLUGIN_STRICT=1)") from error
-        say("warning", f"steps aside, vLLM runs as it is: {reason}")
+        say("warning", f"steps aside, vLLM runs as it is: {reason}", kind=kind)
+
+
+def warn_once(what: str, reason: str) -> None:
+    """Say what happened while the engine runs, and the first reason: once, however many calls of how many layers."""
+    if what not in _said:
+        _said.add(what)
+        if _answers_yes(host.is_first_rank):
+            _log("warning", f"{what}: {reason}")
+
+
+def unexpected(error: Exception) -> str:
+    """An error that is not a refusal, in one line."""
+    return f"unexpected {in_one_line(error)}"
+
+
+def in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _log(level: str, message: str) -> None:
+    getattr(_logger(), level)("vllm-gdn-plugin %s: %s", vllm_gdn_plugin.__version__, message)
 
 
 def _answers_yes(speaks: Callable[[], bool]) -> bool:

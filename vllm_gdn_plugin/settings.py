@@ -93,5 +93,5 @@ def read_settings(environ: Mapping[str, str] | None = None) -> tuple[Settings, l
         try:
             values[f.name] = f.metadata["parse"](text)
         except ValueError as expected:
-            problems.append(f"{variable(f.name)}={text!r} is not {expected}; using {f.default!r}")
+            problems.append(f"{variable(f.name)}={text!a} is not {expected}; using {f.default!r}")
     return Settings(**values), problems

@@ -27,7 +27,14 @@ class VersionVerdict:
     found: str
     standing: Standing
     admitted: bool
-    reason: str
+    what: str
+    """Where the version stands, in words."""
+    advice: str = ""
+    """What to do where the version is not admitted."""
+
+    @property
+    def reason(self) -> str:
+        return f"{self.what}; {self.advice}" if self.advice else self.what
 
 
 def judge_version(found: str, allow_untested: bool = False) -> VersionVerdict:
@@ -46,17 +53,13 @@ def judge_version(found: str, allow_untested: bool = False) -> VersionVerdict:
         "newer": "is newer than",
         "unknown": "cannot be compared with",
     }[standing]
-    reason = f"vLLM {found} {what} the supported range {SUPPORTED_RANGE}"
+    what = f"vLLM {found} {what} the supported range {SUPPORTED_RANGE}"
     if standing == "older":
-        return VersionVerdict(found, standing, False, f"{reason}; upgrade vLLM to use the plugin")
+        return VersionVerdict(found, standing, False, what, "upgrade vLLM to use the plugin")
     if allow_untested:
-        return VersionVerdict(found, standing, True, f"{reason}; admitted by VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1")
-    return VersionVerdict(
-        found,
-        standing,
-        False,
-        f"{reason}; upgrade vllm-gdn-plugin, or set VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1 to try it all the same",
-    )
+        return VersionVerdict(found, standing, True, f"{what}; admitted by VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1")
+    advice = "upgrade vllm-gdn-plugin, or set VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1 to try it all the same"
+    return VersionVerdict(found, standing, False, what, advice)
 
 
 def _standing(found: str) -> Standing:

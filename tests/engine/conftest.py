@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import engine_env
 
+from vllm_gdn_plugin import report
 from vllm_gdn_plugin.bench.engine.server import end_group
+from vllm_gdn_plugin.host import LOGGER
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"
@@ -30,6 +33,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if HERE in item.path.parents:
                 item.add_marker(skip)
+
+
+@pytest.fixture
+def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The warnings of the plugin since the test began, as if nothing had been said in this process before."""
+    monkeypatch.setattr(report, "_said", set())
+    messages: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    ours = logging.getLogger(LOGGER)
+    ours.addHandler(handler)
+    yield messages
+    ours.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +82,11 @@ def witness(scratch: Path) -> Callable[..., tuple[dict[str, str], Callable[[], l
     (information / "entry_points.txt").write_text("[vllm.general_plugins]\nwitness = witness:register\n")
     shutil.copy(HERE / "witness.py", site)
 
+    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+
     def settings(breaks: str | None = None) -> tuple[dict[str, str], Callable[[], list[dict[str, Any]]]]:
         file = site / f"{time.time_ns()}.jsonl"
-        env = {"PYTHONPATH": str(site), "WITNESS_FILE": str(file)} | ({"WITNESS_BREAKS": breaks} if breaks else {})
+        env = {"PYTHONPATH": path, "WITNESS_FILE": str(file)} | ({"WITNESS_BREAKS": breaks} if breaks else {})
         return env, lambda: [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     return settings
@@ -80,8 +98,8 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
 
     Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, all that the processes
     printed as `log`, and the directories that vLLM added to its `compile_caches`. `env` adds to `engine_env`, so it
-    can also choose another VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments.
-    `fails`: the engine is expected to stop with an error.
+    can also choose another VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments,
+    and `launcher` the command that runs it. `fails`: the engine is expected to stop with an error.
     """
 
     def generate(
@@ -91,11 +109,12 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
         eager: bool = True,
         tp: int = 1,
         script: Path = HERE / "generate.py",
+        launcher: Sequence[str | Path] = (sys.executable,),
         fails: bool = False,
     ) -> dict[str, Any]:
         output = scratch / "tmp" / "generated.json"
         output.unlink(missing_ok=True)
-        command = [sys.executable, str(script), str(models(kind)), str(output)]
+        command = [*map(str, launcher), str(script), str(models(kind)), str(output)]
         command += ["--tensor-parallel-size", str(tp)] + ([] if eager else ["--compiled"])
         caches = scratch / "cache" / "torch_compile_cache"
         before = set(caches.glob("*/*"))

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,21 +167,6 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def warnings() -> Iterator[list[str]]:
-    """The warnings of the plugin since the test began, as if nothing had been said in this process before."""
-    from vllm import logger
-
-    logger._print_warning_once.cache_clear()
-    messages: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    ours = logging.getLogger("vllm.vllm_gdn_plugin")
-    ours.addHandler(handler)
-    yield messages
-    ours.removeHandler(handler)
-
-
 def project(name: str, x: Any) -> Any:
     """Both projections by the op, without the padding."""
     from vllm.utils.torch_utils import _encode_layer_name
@@ -295,6 +279,29 @@ def test_a_weight_written_in_place_is_seen(layers: dict[str, Any], warnings: lis
     assert not torch.allclose(got, before)
     assert warnings == []
     assert not any(layer.gdn_fused.broken for layer in layers.values())
+
+
+def test_weights_are_left_alone_where_they_cannot_be_fused(
+    layers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin import fused
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("planted by the test")
+
+    def weights() -> list[tuple[int, Any]]:
+        return [(linear.weight.data_ptr(), linear.weight.clone()) for linear in linears]
+
+    linears = [Projection(HIDDEN, size, bias=False) for size in (QKVZ, BA)]
+    before = weights()
+    for owner, step in ((fused, "_whereabouts"), (torch.Tensor, "copy_"), (torch.nn, "Parameter")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, step, fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                fused.FusedProjections(*linears)
+        for (where, value), (was_where, was_value) in zip(weights(), before, strict=True):
+            assert where == was_where
+            assert torch.equal(value, was_value)
 
 
 def test_weights_repacked_before_the_first_call_are_noticed(make_layer: Callable[..., Layer]) -> None:

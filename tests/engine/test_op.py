@@ -87,6 +87,97 @@ def test_the_outputs_alias_nothing(layers: Callable[[int], list[str]]) -> None:
     assert len({t.untyped_storage().data_ptr() for t in (x, *outputs)}) == 3
 
 
+FAULTS: dict[str, tuple[str, str, str]] = {
+    "why_serial": ("dual_stream", "vllm_gdn_plugin.op.why_serial", "dual_stream failed and runs serially"),
+    "the stream": ("dual_stream", "vllm_gdn_plugin.op.aux_stream", "dual_stream failed and runs serially"),
+    "the weights' place": ("fused", "vllm_gdn_plugin.fused._whereabouts", "a GDN layer goes back to serial"),
+}
+"""A step of the plugin inside an op: the strategy, what fails, what is said."""
+
+
+def call(strategy: str, name: str, x: Any) -> Any:
+    """Both projections by an op, without fused's padding."""
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    ops = torch.ops.vllm_gdn_plugin
+    if strategy == "dual_stream":
+        return ops.gdn_in_proj(x, QKVZ, BA, _encode_layer_name(name))
+    both = ops.gdn_fused_in_proj(x, -(QKVZ + BA) % 16 + QKVZ + BA, _encode_layer_name(name))
+    return both.split([QKVZ, BA, both.shape[1] - QKVZ - BA], dim=-1)[:2]
+
+
+@pytest.mark.parametrize("good_calls", [0, 3], ids=["first call", "later call"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_ours_in_an_op_is_serial_and_said_once(
+    layers: Callable[[int], list[str]],
+    warnings: list[str],
+    fault: str,
+    good_calls: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm_gdn_plugin import op
+
+    strategy, step, said = FAULTS[fault]
+    names = layers(2)
+    known = [op.host.layer_by_name(name) for name in names]
+    if fault == "the stream":  # it is only asked for while a graph is captured
+        monkeypatch.setattr(op, "why_serial", lambda *args: None)
+        monkeypatch.setattr(torch.cuda, "Event", lambda: None)
+        monkeypatch.setattr(op, "maybe_execute_in_parallel", lambda one, other, *events: (one(), other()))
+    x = torch.randn(TOKENS, HIDDEN)
+    for name in names[:good_calls]:
+        call(strategy, name, x)
+
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError(f"planted\n{len(calls)}")
+
+    calls: list[str] = []
+    monkeypatch.setattr(step, fail)
+    for _ in range(3):
+        for name, layer in zip(names, known, strict=True):
+            calls.append(name)
+            want = (layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0])
+            for one, other in zip(call(strategy, name, x), want, strict=True):
+                assert torch.equal(one, other)
+    (line,) = warnings
+    assert said in line
+    assert line.endswith("unexpected ZeroDivisionError: planted 1")
+
+
+@pytest.mark.parametrize("projection", ["in_proj_qkvz", "in_proj_ba"])
+@pytest.mark.parametrize(
+    ("strategy", "fault"),
+    [("dual_stream", None), ("dual_stream", "why_serial"), ("fused", None), ("fused", "the weights' place")],
+)
+def test_what_a_projection_raises_is_the_host_s(
+    layers: Callable[[int], list[str]], warnings: list[str], strategy: str, fault: str | None, projection: str
+) -> None:
+    """The very error, also where a step of ours fails besides; the next call is right again."""
+    from vllm_gdn_plugin import op
+
+    (name,) = layers(1)
+    linear = getattr(op.host.layer_by_name(name), projection)
+    # fused computes both projections with the linear method of in_proj_qkvz
+    owner, step = (linear.quant_method, "apply") if (strategy, fault) == ("fused", None) else (linear, "forward")
+    error = torch.OutOfMemoryError("planted by the test")
+    x = torch.randn(TOKENS, HIDDEN)
+    want = call(strategy, name, x)
+
+    def run_out(*args: Any) -> Any:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, step, run_out)
+        if fault is not None:
+            patch.setattr(FAULTS[fault][1], lambda *args: 1 / 0)
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            call(strategy, name, x)
+    assert caught.value is error
+    assert len(warnings) == (fault is not None)
+    for one, other in zip(call(strategy, name, x), want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_an_error_of_the_projection_passes_through(layers: Callable[[int], list[str]]) -> None:
     from vllm.utils.torch_utils import _encode_layer_name
 

@@ -6,7 +6,9 @@ Made an installed distribution by the fixture `witness`. vLLM loads it before th
     WITNESS_BREAKS  the step of vllm_gdn_plugin that fails: a key of `BREAKS`; or of `CORRUPTS`, to compute wrongly
 """
 
+import functools
 import importlib.abc
+import itertools
 import json
 import multiprocessing
 import os
@@ -56,6 +58,8 @@ def _count_op_calls(host: Any) -> None:
 
     def counting(layer_name: Any) -> Any:
         layer = layer_by_name(layer_name)
+        if os.environ.get("WITNESS_BREAKS") == "projection":
+            layer.in_proj_ba.forward = _run_out
         if layer.gdn_strategy not in calls:
             note(f"{layer.gdn_strategy} op called")
         calls[layer.gdn_strategy] = calls.get(layer.gdn_strategy, 0) + 1
@@ -66,6 +70,29 @@ def _count_op_calls(host: Any) -> None:
 
 def _fail(*args: Any, **kwargs: Any) -> Any:
     raise ZeroDivisionError("planted by the test")
+
+
+def _run_out(*args: Any) -> Any:
+    import torch
+
+    raise torch.OutOfMemoryError("planted by the test")
+
+
+def _break_from(call: int, module: str, path: str) -> Any:
+    """Let what lies at `path` in `module` fail from this call on; the first is call 0."""
+
+    def apply() -> None:
+        *owners, name = path.split(".")
+        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        original = getattr(owner, name)
+        count = itertools.count()
+        setattr(owner, name, lambda *a, **k: original(*a, **k) if next(count) < call else _fail())
+
+    return apply
+
+
+def _break_layer_module() -> None:
+    sys.modules["vllm_gdn_plugin.layer"] = None  # type: ignore[assignment]
 
 
 def _break_contract() -> None:
@@ -101,10 +128,30 @@ def _hold_class() -> None:
 BREAKS = {
     "contract": _break_contract,
     "held": _hold_class,
+    "layer module": _break_layer_module,
     **{
         name: _break(name)
-        for name in ("declare_variables", "when_imported", "platform", "replace", "layer_facts", "after_loading")
+        for name in (
+            "version",
+            "package_directory",
+            "declare_variables",
+            "when_imported",
+            "replacement_of",
+            "platform",
+            "replace",
+            "layer_facts",
+            "after_loading",
+        )
     },
+    "plan": _break_from(0, "vllm_gdn_plugin.install", "plan"),
+    "fused weights": _break_from(0, "vllm_gdn_plugin.fused", "FusedProjections.__init__"),
+    "fused is loaded": _break_from(0, "vllm_gdn_plugin.fused", "FusedProjections.is_loaded"),
+    "report": _break_from(0, "vllm_gdn_plugin.report", "Ledger.finish"),
+    "op, first call": _break_from(0, "vllm_gdn_plugin.overlap", "stays_serial"),
+    "op, later call": _break_from(10, "vllm_gdn_plugin.overlap", "stays_serial"),
+    "fused op, first call": _break_from(0, "vllm_gdn_plugin.fused", "FusedProjections._packed_weights"),
+    "fused op, later call": _break_from(10, "vllm_gdn_plugin.fused", "FusedProjections._packed_weights"),
+    "projection": lambda: None,  # see _count_op_calls
 }
 
 

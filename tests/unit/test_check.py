@@ -114,10 +114,46 @@ def test_check_foretells_what_register_does(
     installed: Any, plugin: Any, report: Any, change: Any, code: int, status: str
 ) -> None:
     change(installed)
-    assert [(c, r["status"]) for c, r in [report()]] == [(code, status)]
+    found_code, found = report()
+    assert (found_code, found["status"]) == (code, status)
     plugin.register()
     stock = plugin.import_gdn(OLD_GDN if installed.path(OLD_GDN).exists() else GDN)
     assert bool(plugin.replaced) == (code == 0) == (type(stock()) is not stock)
+    assert all(found["reason"] in message for _, message in plugin.said), "the log and the report say the same"
+    assert bool(plugin.said) == bool(code)
+
+
+NEWER = {
+    "as expected": (lambda tree: None, "VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1 to try it all the same"),
+    "moved": (lambda tree: tree.remove(GDN), "the GDN layer has moved"),
+    "another layer": (CASES["another layer"][0], "in_proj_ba(hidden_states) is called 0 times"),
+    "overlap of its own": (CASES["overlap of its own"][0], "you can uninstall vllm-gdn-plugin"),
+}
+
+
+@pytest.mark.parametrize("allow", [False, True], ids=["", "allow_untested"])
+@pytest.mark.parametrize("change", NEWER)
+def test_a_newer_version_is_told_what_would_help(
+    installed: Any, plugin: Any, report: Any, change: str, allow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit, told = NEWER[change]
+    installed.version("0.34.0")
+    edit(installed)
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_ALLOW_UNTESTED", str(int(allow)))
+    code, found = report()
+    assert code == (not allow or change != "as expected")
+    assert ("to try it all the same" in found["reason"]) == (not allow and change == "as expected")
+    source = report("--vllm-version", "0.34.0", "--vllm-source", str(installed.root))
+    plugin.register()
+    if change != "moved":
+        plugin.import_gdn()
+    assert bool(plugin.replaced) == (not code)
+    if code:
+        assert told in found["reason"]
+        assert source == (1, source[1] | {"reason": found["reason"]})
+        ((_, message),) = plugin.said
+        assert message.endswith(f"steps aside, vLLM runs as it is: {found['reason']}")
+        assert "vLLM 0.34.0 is newer" in message
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu", "npu"])

@@ -12,6 +12,7 @@ import pytest
 import vllm_gdn_plugin
 from vllm_gdn_plugin.check import open_source
 from vllm_gdn_plugin.contract import GDN_CLASSES, HELPERS, UPSTREAM_OVERLAP, check_contract
+from vllm_gdn_plugin.versions import SUPPORTED_RANGE
 
 GDN, OLD_GDN = GDN_CLASSES
 CLASS = GDN_CLASSES[GDN]
@@ -22,6 +23,7 @@ BA = "        ba, _ = self.in_proj_ba(hidden_states)\n"
 CPU_BA = "        gates, _ = self.in_proj_ba(hidden_states)\n"
 FORWARD = "def forward_cuda(self, hidden_states):"
 HELPER = "        return mixed_qkvz, self.prefix\n"
+ADVICE = f"; upgrade vllm-gdn-plugin, or use a release of vLLM {SUPPORTED_RANGE}"
 
 
 def after(line: str, *added: str) -> list[tuple[str, str]]:
@@ -185,7 +187,14 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
     "forward_cuda renamed": ([("forward_cuda(self, hidden", "forward_gpu(self, hidden")], "has no method forward_cuda"),
     "forward_cuda is async": ([(FORWARD, f"async {FORWARD}")], f"{CLASS} has no method forward_cuda"),
     "forward_cuda is not chosen": ([("= self.forward_cuda", "= self.forward_cpu")], "chooses forward_cuda"),
-    "the class is renamed": ([(f"class {CLASS}", f"class {CLASS}V2")], f"there is no class {CLASS} in {GDN}"),
+    "the class is renamed": (
+        [(f"class {CLASS}", f"class {CLASS}V2")],
+        f"there is no class {CLASS} in {GDN}, it may now be {CLASS}V2",
+    ),
+    "the class is gone": (
+        [(f"class {CLASS}", "class Gone"), ("self.in_proj_qkvz", "self.project")],
+        f"there is no class {CLASS} in {GDN}; upgrade",
+    ),
     "not a PluggableLayer": ([("@PluggableLayer.register(", "@CustomOp.register(")], "is not registered as a"),
     "a syntax error": ([("class ChunkRule:", "class ChunkRule")], f"the source of {GDN} cannot be read"),
 }  # fmt: skip
@@ -198,6 +207,7 @@ def test_a_change_of_the_layer_is_caught_and_named(tree: Any, edits: list[tuple[
     assert not contract.holds
     assert not contract.superseded
     assert contract.reason.startswith("this vLLM is not as the plugin expects it: ")
+    assert contract.reason.endswith(ADVICE)
     assert named in contract.reason
     assert "\n" not in contract.reason
 
@@ -239,7 +249,8 @@ def test_no_gdn_module_at_all(tree: Any) -> None:
     tree.remove(GDN)
     contract = check_contract(tree.package)
     assert (contract.module, contract.class_name) == (None, None)
-    assert f"no GDN layer found: there is neither {GDN} nor {OLD_GDN}" in contract.reason
+    assert f"the GDN layer has moved: there is neither {GDN} nor {OLD_GDN}" in contract.reason
+    assert ADVICE in contract.reason
 
 
 HELPER_NAMES = [(module, name) for module, names in HELPERS.items() for name in names]
@@ -326,6 +337,7 @@ ITSELF: dict[str, list[tuple[str, str]]] = {
         ("        self.in_proj_ba = MergedColumnParallelLinear(2)\n", ""),
         ("in_proj_qkvz", "in_proj"),
     ],
+    "one in_proj in forward_cuda alone": [(BA, ""), (QKVZ, "        mixed_qkvz, ba = self.in_proj(hidden_states)\n")],
 }
 
 

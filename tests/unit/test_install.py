@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import gc
 import importlib
 import importlib.util
 import inspect
@@ -9,14 +11,21 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
+import tracemalloc
+from contextlib import nullcontext
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 import vllm_gdn_plugin
+from vllm_gdn_plugin import install
 from vllm_gdn_plugin.contract import GDN_CLASSES
 from vllm_gdn_plugin.report import Ledger
 from vllm_gdn_plugin.settings import Settings, variable
@@ -186,7 +195,7 @@ def test_the_host_gets_its_own_errors(plugin: Any, source: Any, monkeypatch: pyt
     without = error_of_the_import()
     plugin.register()
     assert error_of_the_import() == without
-    assert levels(plugin) == []
+    assert levels(plugin) == ([] if source else ["warning"]), "a layer that has moved is never imported: said at once"
 
 
 @pytest.mark.parametrize("version", ["0.19.1", "0.34.0", "dev"])
@@ -316,6 +325,65 @@ def test_whatever_fails_ends_in_one_line(
     assert told.rstrip("|") in message or told.endswith("|")
     assert f"vllm-gdn-plugin {vllm_gdn_plugin.__version__}: " in message
     assert "unexpected " in message
+
+
+OUR_CALLS = [
+    ast.unparse(node.func)
+    for function in (install.register, install.install, install._install)
+    for node in ast.walk(ast.parse(inspect.getsource(function)))
+    if isinstance(node, ast.Call)
+]
+NO_STEPS = ("getattr", "tuple", "GDN_CLASSES.values", "partial", "say", "Refused", "stepping_aside", "_install")
+NO_STEPS += ("read_settings", "multiprocessing.parent_process", "host.withdraw", "host.stop_watching", "refusal")
+STEPS = sorted(set(OUR_CALLS) - set(NO_STEPS))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("imported", ["imported before", "imported after"])
+@pytest.mark.parametrize("fails", ["fails before it acts", "fails after it acted"])
+@pytest.mark.parametrize("step", STEPS)
+def test_nothing_is_half_installed(
+    plugin: Any, step: str, fails: str, imported: str, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = {"host": plugin.install.host}.get(step.partition(".")[0], plugin.install)
+    owner = plugin.layer if step == "make_layer_class" else owner
+    name = step.rpartition(".")[2]
+    original = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if fails == "fails after it acted":
+            original(*args, **kwargs)
+        boom()
+
+    def state() -> dict[str, Any]:
+        return {
+            "import system": list(sys.meta_path),
+            "replacements": dict(plugin.replaced),
+            "variables": dict(plugin.vllm("envs").environment_variables),
+            "class": dict(vars(sys.modules[GDN].QwenGatedDeltaNetAttention)) if GDN in sys.modules else None,
+        }
+
+    monkeypatch.setattr(owner, name, failing)
+    monkeypatch.setenv(STRICT, str(int(strict)))
+    if imported == "imported before":
+        plugin.import_gdn()
+    before = state()
+    with pytest.raises(plugin.install.Refused) if strict else nullcontext():
+        plugin.register()
+        plugin.import_gdn()
+    after = state()
+    if GDN in sys.modules and before["class"] is None:
+        assert not any("gdn_plugin" in member for member in after.pop("class"))
+        before.pop("class")
+    if strict:  # the watch is there to refuse the next import as well
+        after["import system"] = [
+            f for f in after["import system"] if not isinstance(f, plugin.install.host._ImportWatch)
+        ]
+    assert after == before
+    if not strict:
+        stock = plugin.import_gdn()
+        assert type(stock()) is stock
+        assert levels(plugin) == ["warning"]
 
 
 def test_a_layer_that_cannot_be_planned_stays_serial(plugin: Any) -> None:
@@ -455,6 +523,66 @@ def test_settings_that_cannot_be_read_are_named_once_and_the_rest_goes_on(
         "MAX_TOKENS",
     ]
     assert list(plugin.replaced) == [CLASS]
+
+
+ANY_VALUE = st.binary().map(lambda octets: os.fsdecode(octets.replace(b"\0", b""))) | st.sampled_from(["1", "serial"])
+
+
+@given(st.dictionaries(st.sampled_from([*map(variable, vars(Settings())), "VLLM_GDN_PLUGIN_OTHER"]), ANY_VALUE))
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_value_of_a_variable_raises_or_is_warned_of_twice(plugin: Any, environ: dict[str, str]) -> None:
+    importlib.import_module("vllm_gdn_plugin.report")._said.clear()
+    plugin.said.clear()
+    plugin.replaced.clear()
+    sys.modules.pop(GDN, None)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environ.items():
+            patch.setenv(name, value)
+        plugin.register()
+        plugin.register()
+        plugin.import_gdn()
+        plugin.register()
+    assert len(plugin.said) <= len(environ)
+    assert len(set(plugin.said)) == len(plugin.said)
+
+
+GROWS = {
+    "active": lambda plugin, patch: None,
+    "refused": lambda plugin, patch: plugin.tree.edit(GDN, ("in_proj_ba", "in_proj_gates")),
+    "fails": lambda plugin, patch: patch.setattr(plugin.install, "check_contract", boom_differently),
+    "fails for each layer": lambda plugin, patch: patch.setattr(plugin.install.host, "layer_facts", boom_differently),
+}
+
+
+def boom_differently(*args: Any) -> Any:
+    raise ZeroDivisionError(f"boom {time.time_ns()}".ljust(10_000, "!"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts the open files in /proc, which is Linux")
+@pytest.mark.parametrize("case", GROWS.values(), ids=GROWS)
+def test_memory_and_handles_do_not_grow(plugin: Any, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    case(plugin, monkeypatch)
+
+    def rounds(count: int) -> tuple[int, int, int]:
+        for _ in range(count):
+            plugin.replaced.clear()
+            plugin.register()
+            for layer in [stock(f"layers.{i}") for i in range(3)]:
+                if hasattr(layer, "quant_method"):
+                    layer.quant_method.process_weights_after_loading(layer)
+            del layer
+            plugin.said[:] = plugin.said[:1]
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), len(gc.get_objects()), tracemalloc.get_traced_memory()[0]
+
+    stock = plugin.import_gdn()
+    tracemalloc.start()
+    before, after = rounds(10), rounds(200)
+    tracemalloc.stop()
+    files, objects, octets = (two - one for one, two in zip(before, after, strict=True))
+    assert files <= 0
+    assert objects < 200, "less than one in a round"
+    assert octets < 200 * 1000, "less than Python itself leaves behind; a message kept would be 10000"
 
 
 def test_one_process_speaks_for_all(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
