@@ -19,9 +19,10 @@ from xml.etree import ElementTree
 
 import pytest
 from packaging.version import Version
-from serving import end_group, engine_env
+from serving import engine_env
 
 from vllm_gdn_plugin import host
+from vllm_gdn_plugin.bench.engine.server import end_group
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
