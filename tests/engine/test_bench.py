@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,16 @@ Bench = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def bench(models: Callable[[str], Path], scratch: Path, tmp_path: Path) -> Bench:
+def bench(models: Callable[[str], Path], scratch: Path, tmp_path: Path) -> Iterator[Bench]:
     """`bench(command, options, vllm_arguments, env)` starts `vllm-gdn-plugin bench`, which writes below `tmp_path`."""
+    started = []
 
     def start(
         command: str, options: list[str], arguments: list[str], env: Mapping[str, str] | None = None
     ) -> "subprocess.Popen[str]":
         line = [sys.executable, "-m", "vllm_gdn_plugin", "bench", command, "--model", str(models("qwen3_5"))]
         line += ["--device", "cpu", "--output", str(tmp_path), *options, "--", *arguments]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             line,
             cwd=tmp_path,
             env=engine_env(scratch, **(env or {})),
@@ -37,8 +38,13 @@ def bench(models: Callable[[str], Path], scratch: Path, tmp_path: Path) -> Bench
             stderr=subprocess.PIPE,
             text=True,
         )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait()
 
 
 def values(run: Any, case: str, variant: str) -> dict[str, float]:
@@ -106,12 +112,15 @@ def test_an_interruption_leaves_no_server_and_keeps_what_was_measured(
     _, errors = process.communicate()
     assert process.returncode == 130
     assert "interrupted; kept: 1 of 8 steps" in errors.splitlines()[-1]
-    assert not any(server.is_running() for server in servers)
+    psutil.wait_procs(servers, timeout=10)
+    left = [server for server in servers if server.is_running() and server.status() != psutil.STATUS_ZOMBIE]
+    assert not left
     run = json.loads((tmp_path / "compile.json").read_text())
     assert [(s["variant"], s["case"]) for s in run["samples"]] == [("off", "cold")]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # seven engines are started
 def test_compile_counts_what_was_compiled(bench: Bench, tmp_path: Path) -> None:
     process = bench("compile", ["--strategy", "dual_stream", "--rounds", "1", "--layers", "4"], ENGINE)
     _, errors = process.communicate()
