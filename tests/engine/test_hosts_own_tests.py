@@ -185,4 +185,5 @@ def test_they_end_as_without_the_plugin(run: Callable[..., Run], group: str, str
         assert op_called == {f"{strategy} op called"}, "the layers of the engines did not run with the plugin"
         assert not {event for event in stock.events if event.endswith("op called")}
     assert "passed" in stock.outcomes.values()
-    assert got.outcomes == stock.outcomes, got.log[-4000:]
+    changed = {test for test, _ in stock.outcomes.items() ^ got.outcomes.items()}
+    assert not changed, got.log[-4000:]
