@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from traceback import extract_tb
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
@@ -65,8 +66,8 @@ def stepping_aside(settings: Settings, speaks: Callable[[], bool]) -> Iterator[C
     """Run a step of ours so that whatever goes wrong in it ends in one line, not in the host.
 
     Yields ``say(level, message, again=False)``, which logs each message once unless told to say it ``again``; of
-    unexpected errors, one of each type. ``speaks`` tells whether this process is the one that speaks for the others;
-    where it cannot be asked, every process does.
+    unexpected errors, one of a type from one place. ``speaks`` tells whether this process is the one that speaks for
+    the others; where it cannot be asked, every process does.
     """
 
     def say(level: str, message: str, again: bool = False, kind: str = "") -> None:
@@ -77,8 +78,8 @@ def stepping_aside(settings: Settings, speaks: Callable[[], bool]) -> Iterator[C
     try:
         yield say
     except Exception as error:
-        refused = isinstance(error, Refused)
-        reason, kind = (str(error), "") if refused else (unexpected(error), type(error).__name__)
+        refused, place = isinstance(error, Refused), extract_tb(error.__traceback__)[-1]
+        reason, kind = (str(error), "") if refused else (unexpected(error), f"{type(error).__name__} at {place}")
         if settings.strict:
             say("error", f"the engine stops, as VLLM_GDN_PLUGIN_STRICT=1 asks: {reason}", kind=kind)
             raise Refused(f"vllm-gdn-plugin: {reason} (VLLM_GDN_PLUGIN_STRICT=1)") from error

@@ -24,7 +24,7 @@ def plugin_lines(log: str) -> list[str]:
     return [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
 
 
-QUICK = ("contract", "held", "layer_facts", "after_loading")
+QUICK = ("contract", "held", "layer_facts")
 IN_AN_OP = {
     "op, first call": "dual_stream failed and runs serially: ",
     "op, later call": "dual_stream failed and runs serially: ",
@@ -85,7 +85,7 @@ def test_what_a_projection_raises_is_the_engine_s(
     assert not any("unexpected" in line for line in plugin_lines(got["log"]))
 
 
-@pytest.mark.parametrize("step", ["contract", "declare_variables", "layer_facts"])
+@pytest.mark.parametrize("step", ["contract", pytest.param("declare_variables", marks=pytest.mark.slow), "layer_facts"])
 def test_strict_stops_the_engine(run_generate: Callable[..., Any], witness: Callable[..., Any], step: str) -> None:
     env, _ = witness(step)
     got = run_generate("qwen3_5", env=env | ON | {"VLLM_GDN_PLUGIN_STRICT": "1"}, fails=True)
@@ -106,24 +106,23 @@ MOUNT = 'mount -t tmpfs -o "$1" none "$0" && { head -c 4096 /dev/zero >"$0/fill"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("why", UNWRITABLE)
-def test_a_cache_directory_that_cannot_be_written(
-    run_generate: Callable[..., Any], scratch: Path, why: str, eager: bool
-) -> None:
-    """The plugin writes no file, so it neither needs one nor hides what vLLM says of its own."""
+def test_a_cache_directory_that_cannot_be_written(run_generate: Callable[..., Any], scratch: Path, why: str) -> None:
+    """The plugin writes no file. Eager, because stock vLLM does not compile without a cache."""
     directory = scratch / why
     directory.mkdir(exist_ok=True)
     options, error = UNWRITABLE[why]
     launcher = ["unshare", "--map-root-user", "--mount", "sh", "-c", MOUNT, str(directory), options]
     if shutil.which("unshare") is None or subprocess.run([*launcher, "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system in a namespace of its own")
-    probe = subprocess.run([*launcher, "sh", "-c", f"echo text >{directory}/file"], capture_output=True, text=True)
+    probe = subprocess.run(
+        [*launcher, "sh", "-c", f"cat /proc/version >{directory}/file"], capture_output=True, text=True
+    )
     assert error in probe.stderr
 
     env = {name: str(directory) for name in ("VLLM_CACHE_ROOT", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")}
     stock, got = (
-        run_generate("qwen3_5", env=env | plugin, eager=eager, launcher=[*launcher, sys.executable])
+        run_generate("qwen3_5", env=env | plugin, launcher=[*launcher, sys.executable])
         for plugin in ({"VLLM_PLUGINS": ""}, ON)
     )
     assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
