@@ -55,10 +55,23 @@ def warn_once(message: str) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for its engine: rank 0 of all workers, or the only one."""
-    from vllm.distributed.parallel_state import is_global_first_rank
+    """Whether this process speaks for its engine, which is one data-parallel replica: its first rank."""
+    return is_first_rank_of_stage() and not pipeline_stage()
 
-    return bool(is_global_first_rank())
+
+def is_first_rank_of_stage() -> bool:
+    """Whether this process speaks for the layers of its pipeline stage: the stage's other ranks have the same ones."""
+    from vllm.distributed.parallel_state import get_pcp_group, get_tp_group, model_parallel_is_initialized
+
+    return not model_parallel_is_initialized() or bool(get_tp_group().is_first_rank and get_pcp_group().is_first_rank)
+
+
+def pipeline_stage() -> int | None:
+    """The pipeline stage of this process, counted from 0, or None where there is only one."""
+    from vllm.distributed.parallel_state import get_pp_group, model_parallel_is_initialized
+
+    several = model_parallel_is_initialized() and get_pp_group().world_size > 1
+    return int(get_pp_group().rank_in_group) if several else None
 
 
 def declare_variables(variables: dict[str, Callable[[], Any]]) -> None:
