@@ -37,10 +37,10 @@ class Server:
     def log_text(self) -> str:
         return self.log_path.read_text(errors="replace")
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any], **headers: str) -> Any:
         """POST `body` as JSON to `path` and return the decoded answer."""
         request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"} | headers
         )
         with urllib.request.urlopen(request, timeout=120) as response:
             return json.load(response)

@@ -159,7 +159,10 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def after_loading(action: Callable[[Any], None]) -> Any:
-    """A ``quant_method`` for a layer: every loader of vLLM calls it on the layer once its weights are in place."""
+    """A ``quant_method`` for a layer: vLLM's loaders call it on the layer once its weights are in place.
+
+    All but tensorizer's, after which a layer runs as planned and the report is left out.
+    """
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     class AfterLoading(QuantizeMethodBase):  # type: ignore[misc]
