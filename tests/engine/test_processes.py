@@ -12,7 +12,7 @@ import pytest
 from serving import MODEL_NAME, ServerFailed, engine_env, serve
 from tiny_model import make_model
 
-from vllm_gdn_plugin.settings import Settings
+from vllm_gdn_plugin.settings import Settings, describe
 
 HERE = Path(__file__).parent
 ON = {"VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}
@@ -144,6 +144,16 @@ def test_ray(with_ray: Callable[..., Any], stock_with_ray: Any, executor: str) -
     assert workers(events, "dual_stream") == 2
     # The workers of the older executor log no vLLM line below a warning, with or without the plugin.
     assert reports(got["log"]) == ["dual_stream on 3 of 3 GDN layers"] * (executor == "RayExecutorV2")
+
+
+def test_vllm_copies_every_setting_to_rays_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own rules, which test_ray sees at work."""
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    names = {name for name, _, _ in describe()}
+    for name in names:
+        monkeypatch.setenv(name, "1")
+    assert names <= get_env_vars_to_copy()
 
 
 @pytest.fixture(scope="module")
