@@ -30,11 +30,10 @@ from transformers.utils.logging import disable_progress_bar
 VOCAB_SIZE = 320  # 256 bytes, one end-of-text token, the rest unused
 END_OF_TEXT = 256
 
+_LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 256,
-    "num_hidden_layers": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 128,
@@ -55,25 +54,26 @@ _MOE: dict[str, Any] = {
     "shared_expert_intermediate_size": 128,
 }
 
-_BUILDERS: dict[str, Callable[[], Any]] = {
-    "qwen3_5": lambda: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_COMMON, **_DENSE)),
-    "qwen3_5_moe": lambda: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_COMMON, **_MOE)),
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    "qwen3_5": lambda **layers: Qwen3_5ForCausalLM(Qwen3_5TextConfig(**_COMMON, **_DENSE, **layers)),
+    "qwen3_5_moe": lambda **layers: Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**_COMMON, **_MOE, **layers)),
     # The only one whose checkpoint stores q, k, v, z (and b, a) interleaved by key head.
-    "qwen3_next": lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**_COMMON, **_DENSE, **_MOE)),
+    "qwen3_next": lambda **layers: Qwen3NextForCausalLM(Qwen3NextConfig(**_COMMON, **_DENSE, **_MOE, **layers)),
 }
 KINDS = tuple(_BUILDERS)
 
 
-def make_model(kind: str, directory: Path, seed: int = 0) -> Path:
+def make_model(kind: str, directory: Path, seed: int = 0, blocks: int = 1) -> Path:
     """Write the tiny model `kind`, one of `KINDS`, into `directory` and return `directory`.
 
-    The same `seed` gives the same weights. Raises ValueError for an unknown `kind`.
+    It has `blocks` times three GDN layers and one of full attention. The same `seed` gives the same weights. Raises
+    ValueError for an unknown `kind`.
     """
     if kind not in _BUILDERS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _BUILDERS[kind]()
+        model = _BUILDERS[kind](num_hidden_layers=len(_LAYERS) * blocks, layer_types=_LAYERS * blocks)
         _spread_gates(model)
     model.to(torch.bfloat16).save_pretrained(directory)
     _byte_tokenizer().save_pretrained(directory)

@@ -24,7 +24,12 @@ GDN_CLASSES = {
 
 HELPERS = {
     "vllm.config.vllm": ("get_current_vllm_config",),
-    "vllm.distributed.parallel_state": ("is_global_first_rank",),
+    "vllm.distributed.parallel_state": (
+        "get_pcp_group",
+        "get_pp_group",
+        "get_tp_group",
+        "model_parallel_is_initialized",
+    ),
     "vllm.envs": ("environment_variables", "compile_factors"),
     "vllm.forward_context": ("get_forward_context", "ForwardContext.no_compile_layers"),
     "vllm.logger": ("init_logger",),

@@ -50,10 +50,23 @@ def logger() -> logging.Logger:
 
 
 def is_first_rank() -> bool:
-    """Whether this process speaks for its engine: rank 0 of all workers, or the only one."""
-    from vllm.distributed.parallel_state import is_global_first_rank
+    """Whether this process speaks for its engine, which is one data-parallel replica: its first rank."""
+    return is_first_rank_of_stage() and not pipeline_stage()
 
-    return bool(is_global_first_rank())
+
+def is_first_rank_of_stage() -> bool:
+    """Whether this process speaks for the layers of its pipeline stage: the stage's other ranks have the same ones."""
+    from vllm.distributed.parallel_state import get_pcp_group, get_tp_group, model_parallel_is_initialized
+
+    return not model_parallel_is_initialized() or bool(get_tp_group().is_first_rank and get_pcp_group().is_first_rank)
+
+
+def pipeline_stage() -> int | None:
+    """The pipeline stage of this process, counted from 0, or None where there is only one."""
+    from vllm.distributed.parallel_state import get_pp_group, model_parallel_is_initialized
+
+    several = model_parallel_is_initialized() and get_pp_group().world_size > 1
+    return int(get_pp_group().rank_in_group) if several else None
 
 
 def declare_variables(variables: dict[str, Callable[[], Any]]) -> None:
@@ -152,7 +165,10 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def after_loading(action: Callable[[Any], None]) -> Any:
-    """A ``quant_method`` for a layer: every loader of vLLM calls it on the layer once its weights are in place."""
+    """A ``quant_method`` for a layer: vLLM's loaders call it on the layer once its weights are in place.
+
+    All but tensorizer's, after which a layer runs as planned and the report is left out.
+    """
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     class AfterLoading(QuantizeMethodBase):  # type: ignore[misc]

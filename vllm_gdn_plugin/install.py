@@ -81,7 +81,7 @@ def _install(settings: Settings, module: ModuleType, class_name: str, say: Calla
 def adopt(settings: Settings, platform: str, layer: Any) -> None:
     """Plan a layer that vLLM has just constructed. A layer that cannot be planned stays serial."""
     layer.gdn_strategy = SERIAL
-    with stepping_aside(settings, speaks=host.is_first_rank):
+    with stepping_aside(settings, speaks=host.is_first_rank_of_stage):
         ledger.record(layer.prefix, SERIAL)
         facts = host.layer_facts(layer, platform)
         chosen = plan(facts, settings.strategy)
@@ -101,21 +101,23 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
 
 
 def loaded(settings: Settings, platform: str, layer: Any) -> None:
-    """Finish a layer whose weights are in place, and with the last one say what was done in this engine.
+    """Finish a layer whose weights are in place, and with the last one say what was done in this engine, or stage.
 
     A loader may have replaced a parameter instead of writing into it: then the layer is not fused.
     """
     planned, layer.gdn_strategy = layer.gdn_strategy, SERIAL
-    with stepping_aside(settings, speaks=host.is_first_rank):
+    with stepping_aside(settings, speaks=host.is_first_rank_of_stage):
         if planned == FUSED and not layer.gdn_fused.is_loaded():
             del layer.gdn_fused
             raise Refused("the loader replaced a weight that fused needs in place")
         layer.gdn_strategy = planned
-    with stepping_aside(settings, speaks=host.is_first_rank) as say:
+    with stepping_aside(settings, speaks=host.is_first_rank_of_stage) as say:
         ledger.finish(layer.prefix, layer.gdn_strategy)
         summary = ledger.summary()
         if summary:
-            say("info", f"{summary} (platform {platform}, vLLM {host.version()})", again=True)
+            stage = host.pipeline_stage()
+            where = "" if stage is None else f" of pipeline stage {stage}"
+            say("info", f"{summary}{where} (platform {platform}, vLLM {host.version()})", again=True)
 
 
 def compile_factors(settings: Settings) -> dict[str, Callable[[], Any]]:

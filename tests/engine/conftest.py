@@ -94,7 +94,7 @@ def witness(scratch: Path) -> Callable[..., tuple[dict[str, str], Callable[[], l
 
 @pytest.fixture(scope="session")
 def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., dict[str, Any]]:
-    """`run_generate(kind, env={...}, eager=True, tp=1)` generates with a fresh engine.
+    """`run_generate(kind, env={...}, eager=True, tp=1, pp=1)` generates with a fresh engine.
 
     Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, all that the processes
     printed as `log`, and the directories that vLLM added to its `compile_caches`. `env` adds to `engine_env`, so it
@@ -108,6 +108,7 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
         env: Mapping[str, str] | None = None,
         eager: bool = True,
         tp: int = 1,
+        pp: int = 1,
         script: Path = HERE / "generate.py",
         launcher: Sequence[str | Path] = (sys.executable,),
         fails: bool = False,
@@ -115,23 +116,24 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
         output = scratch / "tmp" / "generated.json"
         output.unlink(missing_ok=True)
         command = [*map(str, launcher), str(script), str(models(kind)), str(output)]
-        command += ["--tensor-parallel-size", str(tp)] + ([] if eager else ["--compiled"])
+        command += ["--tensor-parallel-size", str(tp), "--pipeline-parallel-size", str(pp)]
+        command += [] if eager else ["--compiled"]
         caches = scratch / "cache" / "torch_compile_cache"
         before = set(caches.glob("*/*"))
-        log = _run(command, engine_env(scratch, **_engine_settings(eager, tp) | dict(env or {})), fails)
+        log = _run(command, engine_env(scratch, **_engine_settings(eager, tp * pp) | dict(env or {})), fails)
         new = {"log": log, "compile_caches": {cache.name for cache in set(caches.glob("*/*")) - before}}
         return (json.loads(output.read_text()) if not fails else {}) | new
 
     return generate
 
 
-def _engine_settings(eager: bool, tp: int) -> dict[str, str]:
+def _engine_settings(eager: bool, workers: int) -> dict[str, str]:
     """The quickest way to run: in this process where possible, on one core per worker."""
     settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
     if eager:
         settings["TORCH_COMPILE_DISABLE"] = "1"
-    if tp > 1:
-        settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[:tp]))
+    if workers > 1:
+        settings["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, sorted(os.sched_getaffinity(0))[:workers]))
     return settings
 
 

@@ -1,6 +1,7 @@
 """Generate greedily with one model in this process and write what came out as JSON.
 
-    python generate.py MODEL OUTPUT.json [--compiled] [--tensor-parallel-size N] [--max-tokens N]
+    python generate.py MODEL OUTPUT.json [--compiled] [--tensor-parallel-size N] [--pipeline-parallel-size N]
+                                         [--max-tokens N]
 
 Run it in a process of its own: vLLM reads its environment (and its plugins) once. More arguments of `LLM` can be
 given as JSON in the environment variable ENGINE_ARGUMENTS.
@@ -30,6 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("output", type=Path)
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-parallel-size", type=int, default=1)
     parser.add_argument("--max-tokens", type=int, default=12)
     return parser.parse_args()
 
@@ -41,6 +43,7 @@ def engine(args: argparse.Namespace) -> Any:
         args.model,
         enforce_eager=not args.compiled,
         tensor_parallel_size=args.tensor_parallel_size,
+        pipeline_parallel_size=args.pipeline_parallel_size,
         mamba_ssm_cache_dtype="float32",
         max_model_len=256,
         max_num_seqs=4,

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from gpu_layers import SHAPES, TOKENS, Layer
 from quantize import quantize
+from safetensors.torch import load_file
 from tiny_model import make_model
 
 torch = pytest.importorskip("torch")
@@ -364,6 +366,30 @@ def test_reloaded_weights_are_used(run: Callable[..., Any], scratch: Path, eager
             assert ours == pytest.approx(theirs, abs=0.05)
     assert list(fused["before"]["op_calls"]) == ["fused"]
     assert fused["log"].count(BACK_TO_SERIAL) <= 1
+
+
+@pytest.mark.slow
+def test_sharded_state(run: Callable[..., Any], models: Callable[[str], Path], scratch: Path) -> None:
+    """The shared storage is saved as two weights, like stock vLLM's, and the loader of such files writes into it.
+
+    vLLM's loaders that replace parameters do not run here: see CONTRIBUTING.
+    """
+    saved = {}
+    for name, env in {"stock": OFF, "fused": FUSED}.items():
+        directory = scratch / "models" / f"sharded_{name}"
+        shutil.copytree(models("qwen3_5"), directory, ignore=shutil.ignore_patterns("*.safetensors"))
+        answer = run("qwen3_5", env | {"SAVE_TO": str(directory)}, script=HERE / "save_sharded.py")
+        saved[name] = (answer["token_ids"], load_file(directory / "model-rank-0-part-0.safetensors"))
+    assert saved["fused"][0] == saved["stock"][0]
+    assert saved["fused"][1].keys() == saved["stock"][1].keys()
+    assert all(torch.equal(weight, saved["stock"][1][name]) for name, weight in saved["fused"][1].items())
+
+    how = {"ENGINE_ARGUMENTS": json.dumps({"load_format": "sharded_state"})}
+    stock, fused = (run("sharded_stock", env | how) for env in (OFF, FUSED))
+    assert fused["token_ids"] == stock["token_ids"]
+    assert list(fused["op_calls"]) == ["fused"]
+    assert "fused on 3 of 3 GDN layers" in fused["log"]
+    assert BACK_TO_SERIAL not in fused["log"]
 
 
 def test_offloaded_weights_are_refused(run: Callable[..., Any]) -> None:

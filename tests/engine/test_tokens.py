@@ -1,10 +1,13 @@
 """The tokens and log-probabilities of a real engine, with each strategy and without the plugin."""
 
+import json
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+from drafter import add_drafter
 from tiny_model import KINDS
 
 GDN_LAYERS = 3
@@ -45,6 +48,43 @@ def test_same_as_stock(generated: Callable[..., Any], kind: str, strategy: str, 
     assert plugin["op_calls"][strategy] >= GDN_LAYERS * steps
     assert f"{strategy} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers (platform cpu" in plugin["log"]
     assert "vllm-gdn-plugin" not in stock["log"]
+
+
+@pytest.fixture(scope="module")
+def speculating(
+    run_generate: Callable[..., Any], witness: Callable[..., Any], models: Callable[[str], Path], scratch: Path
+) -> Callable[[dict[str, str]], Any]:
+    """`speculating(env)` generates with a drafter of one layer, which in these models is of full attention.
+
+    Without prefix caching: with it vLLM 0.32 needs Triton to speculate.
+    """
+    add_drafter(models("qwen3_5"), scratch / "models" / "qwen3_5_mtp")
+    speculate = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 1}, "enable_prefix_caching": False}
+
+    def generate(env: dict[str, str]) -> Any:
+        extra, _ = witness()
+        return run_generate("qwen3_5_mtp", env=extra | {"ENGINE_ARGUMENTS": json.dumps(speculate)} | env)
+
+    return generate
+
+
+@pytest.fixture(scope="module")
+def stock_speculating(speculating: Callable[[dict[str, str]], Any]) -> Any:
+    return speculating({"VLLM_PLUGINS": "witness"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
+def test_same_as_stock_with_speculative_decoding(
+    speculating: Callable[[dict[str, str]], Any], stock_speculating: Any, strategy: str
+) -> None:
+    plugin = speculating({"VLLM_GDN_PLUGIN_STRATEGY": strategy})
+    assert "Detected MTP model" in plugin["log"]
+    assert plugin["token_ids"] == stock_speculating["token_ids"]
+    for ours, theirs in zip(plugin["logprobs"], stock_speculating["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=0.05 if strategy == "fused" else 0)
+    assert list(plugin["op_calls"]) == [strategy]
+    assert plugin["log"].count(f"{strategy} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers") == 1
 
 
 def test_auto_leaves_the_cpu_alone(generated: Callable[..., Any]) -> None:

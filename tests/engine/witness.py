@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
+from dataclasses import asdict
 from typing import Any
 
 GDN_MODULE = "qwen_gdn_linear_attn"
@@ -26,31 +27,46 @@ def register() -> None:
     note("plugins loaded")
     sys.meta_path.insert(0, _Watch())
     try:
-        from vllm_gdn_plugin import host
+        from vllm_gdn_plugin import host, install
     except ImportError:
         return
+    _note_settings(install)
     _count_op_calls(host)
     broken = os.environ.get("WITNESS_BREAKS")
     if broken:
         (BREAKS | CORRUPTS)[broken]()
 
 
-def note(event: str) -> None:
+def note(event: str, **more: Any) -> None:
     with open(os.environ["WITNESS_FILE"], "a") as file:
-        file.write(json.dumps({"event": event, "process": process_name(), "pid": os.getpid()}) + "\n")
+        file.write(json.dumps({"event": event, "process": process_name(), "pid": os.getpid()} | more) + "\n")
 
 
 def process_name() -> str:
-    """`main`, `inspection` (of the model class), or the name vLLM gave its child without the number."""
+    """`main`, `inspection` (of the model class), `ray`, or the name vLLM gave its child without the number."""
     if multiprocessing.parent_process() is not None:
         return multiprocessing.current_process().name.split("_")[0].rstrip("0123456789-")
-    return "inspection" if "vllm.model_executor.models.registry" in " ".join(sys.orig_argv) else "main"
+    command = " ".join(sys.orig_argv)
+    if "ray/_private/workers/default_worker.py" in command:
+        return "ray"
+    return "inspection" if "vllm.model_executor.models.registry" in command else "main"
 
 
 class _Watch(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.endswith(GDN_MODULE):
             note("GDN module imported")
+
+
+def _note_settings(install: Any) -> None:
+    read_settings = install.read_settings
+
+    def noting() -> Any:
+        settings, problems = read_settings()
+        note("settings read", settings=asdict(settings))
+        return settings, problems
+
+    install.read_settings = noting
 
 
 def _count_op_calls(host: Any) -> None:

@@ -101,7 +101,37 @@ config = Config(
 def get_current_vllm_config():
     return config
 """,
-    "vllm.distributed.parallel_state": "FIRST = True\n\n\ndef is_global_first_rank():\n    return FIRST\n",
+    "vllm.distributed.parallel_state": """
+class Group:
+    def __init__(self, rank_in_group, world_size):
+        self.rank_in_group, self.world_size = rank_in_group, world_size
+        self.is_first_rank = rank_in_group == 0
+
+
+TP = Group(0, 1)
+PCP = Group(0, 1)
+PP = Group(0, 1)
+INITIALIZED = True
+
+
+def model_parallel_is_initialized():
+    return INITIALIZED
+
+
+def get_tp_group():
+    assert INITIALIZED
+    return TP
+
+
+def get_pcp_group():
+    assert INITIALIZED
+    return PCP
+
+
+def get_pp_group():
+    assert INITIALIZED
+    return PP
+""",
     "vllm.envs": """
 VLLM_BATCH_INVARIANT = False
 VLLM_USE_BREAKABLE_CUDAGRAPH = False

@@ -592,8 +592,9 @@ def test_one_process_speaks_for_all(plugin: Any, monkeypatch: pytest.MonkeyPatch
     assert plugin.said == []
 
 
-def test_one_rank_speaks_for_all(plugin: Any) -> None:
-    plugin.tree.edit("vllm.distributed.parallel_state", ("FIRST = True", "FIRST = False"))
+@pytest.mark.parametrize("group", ["TP", "PCP", "PP"])
+def test_one_rank_speaks_for_all(plugin: Any, group: str) -> None:
+    plugin.tree.edit("vllm.distributed.parallel_state", (f"{group} = Group(0, 1)", f"{group} = Group(1, 2)"))
     plugin.tree.edit(GDN, ("in_proj_ba", "in_proj_gates"))
     plugin.register()
     stock = plugin.import_gdn()
@@ -601,12 +602,42 @@ def test_one_rank_speaks_for_all(plugin: Any) -> None:
     assert plugin.said == []
 
 
+SPEAKS = {
+    "PP = Group(0, 2)": " of pipeline stage 0",
+    "PP = Group(1, 2)": " of pipeline stage 1",
+    "TP = Group(0, 2)": "",
+    "TP = Group(1, 2)": None,
+    "PCP = Group(1, 2)": None,
+    "INITIALIZED = False": "",
+}
+"""A process's place among the others, and what it adds to the report; None: another process gives it."""
+
+
+@pytest.mark.parametrize(("place", "stage"), SPEAKS.items())
+@pytest.mark.parametrize("refused", [False, True], ids=["", "refused"])
+def test_each_pipeline_stage_speaks_for_its_own_layers(
+    plugin: Any, place: str, stage: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "dual_stream")
+    name = place.split(" ")[0]
+    usual = "INITIALIZED = True" if name == "INITIALIZED" else f"{name} = Group(0, 1)"
+    plugin.tree.edit("vllm.distributed.parallel_state", (usual, place))
+    if refused:
+        plugin.tree.edit("vllm.config.vllm", ("lora_config=None", "lora_config=1"))
+    plugin.register()
+    layer = plugin.import_gdn()()
+    if not refused:
+        layer.quant_method.process_weights_after_loading(layer)
+    told = "LoRA is enabled" if refused else f"dual_stream on 1 of 1 GDN layers{stage} (platform cuda"
+    assert [told in message for _, message in plugin.said] == ([] if stage is None else [True])
+
+
 @pytest.mark.parametrize(
     ("module", "name", "version"),
     [
         ("vllm.logger", "init_logger", "0.32.0"),
         ("vllm.logger", "init_logger", "0.19.1"),
-        ("vllm.distributed.parallel_state", "is_global_first_rank", "0.32.0"),
+        ("vllm.distributed.parallel_state", "get_tp_group", "0.32.0"),
     ],
 )
 def test_a_host_without_a_voice_is_left_alone_all_the_same(

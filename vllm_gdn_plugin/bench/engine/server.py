@@ -61,10 +61,10 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=60) as response:
             return str(response.read().decode())
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Mapping[str, Any], **headers: str) -> Any:
         """POST ``body`` as JSON to ``path``; returns the decoded answer."""
         request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"} | headers
         )
         with urllib.request.urlopen(request, timeout=600) as response:
             return json.load(response)
