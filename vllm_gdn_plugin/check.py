@@ -147,7 +147,14 @@ def with_model(report: Report, path: str, tensor_parallel_size: int) -> Report:
         warnings.append("the platform is not known here: the plan for the model is the one for CUDA")
     batch_invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
     try:
-        groups = read_groups(path, tensor_parallel_size, report.platform or "cuda", settings.strategy, batch_invariant)
+        groups = read_groups(
+            path,
+            tensor_parallel_size,
+            report.platform or "cuda",
+            settings.strategy,
+            batch_invariant=batch_invariant,
+            overlap_allowed=settings.max_tokens > 0,
+        )
     except Unreadable as error:
         raise CannotTell(str(error)) from None
     report = replace(report, model=[str(group) for group in groups], warnings=warnings)

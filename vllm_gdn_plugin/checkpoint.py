@@ -65,11 +65,17 @@ ASSUMED = "for an engine with CUDA graphs, without LoRA and CPU offload"
 
 
 def read_groups(
-    path: str, tensor_parallel_size: int, platform: str, request: str, batch_invariant: bool = False
+    path: str,
+    tensor_parallel_size: int,
+    platform: str,
+    request: str,
+    *,
+    batch_invariant: bool = False,
+    overlap_allowed: bool = True,
 ) -> list[LayerGroup]:
     """The GDN layers of the model in a directory (or of a config.json), grouped by what is planned for them.
 
-    The answer is for an engine as :data:`ASSUMED`, with ``VLLM_BATCH_INVARIANT`` as given.
+    The answer is for an engine as :data:`ASSUMED`, with two more facts of :class:`LayerFacts` as given.
 
     Raises:
         Unreadable: with one line that says what is wrong.
@@ -115,6 +121,7 @@ def read_groups(
             ProjectionFacts(ba, dtype, 2 * value_heads // ba_parts),
             activation_dtype=dtype,
             batch_invariant=batch_invariant,
+            overlap_allowed=overlap_allowed,
         )
         groups.setdefault(facts, []).append(layer)
     return [LayerGroup(tuple(layers), hidden, facts, plan(facts, request)) for facts, layers in groups.items()]

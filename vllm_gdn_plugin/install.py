@@ -2,7 +2,7 @@
 
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -83,7 +83,7 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
     layer.gdn_strategy = SERIAL
     with stepping_aside(settings, speaks=host.is_first_rank_of_stage):
         ledger.record(layer.prefix, SERIAL)
-        facts = host.layer_facts(layer, platform)
+        facts = replace(host.layer_facts(layer, platform), overlap_allowed=settings.max_tokens > 0)
         chosen = plan(facts, settings.strategy)
         if chosen.strategy == SERIAL:
             raise Refused(chosen.reason)

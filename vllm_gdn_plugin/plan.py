@@ -48,6 +48,8 @@ class LayerFacts:
     """Both weights lie on the device that computes, so they can become one storage before they are loaded."""
     breakable_graphs: bool = False
     """vLLM captures breakable CUDA graphs, which cannot record a fork and join across their breaks."""
+    overlap_allowed: bool = True
+    """``VLLM_GDN_PLUGIN_MAX_TOKENS`` is not 0: there are batches that dual_stream may overlap."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,11 @@ DUAL_STREAM_RULES = (
         "they are not breakable CUDA graphs",
         lambda f: not f.breakable_graphs or f.platform != "cuda",
         lambda f: "VLLM_USE_BREAKABLE_CUDAGRAPH is on: such graphs cannot record two streams",
+    ),
+    Rule(
+        "`VLLM_GDN_PLUGIN_MAX_TOKENS` is not 0",
+        lambda f: f.overlap_allowed,
+        lambda f: "VLLM_GDN_PLUGIN_MAX_TOKENS=0 leaves no batch to overlap",
     ),
 )
 

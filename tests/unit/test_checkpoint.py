@@ -85,6 +85,13 @@ def test_batch_invariance_is_taken_from_the_environment(model: Any, monkeypatch:
     assert "promises bit-equal results" in report.model[0]
 
 
+def test_a_setting_that_leaves_nothing_to_overlap_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "0")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "dual_stream")
+    report = with_model(check_elsewhere("0.32.0", None), model(), 1)
+    assert "VLLM_GDN_PLUGIN_MAX_TOKENS=0 leaves no batch to overlap" in report.model[0]
+
+
 def test_strict_and_a_serial_layer_do_not_go_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine would stop at that layer, whatever the others get."""
     mixed = model({"quant_method": "fp8", "ignored_layers": ["model.layers.4.linear_attn"]})

@@ -60,6 +60,7 @@ def test_a_plain_layer(ours: Any, plugin: Any) -> None:
         "offload": False,
         "weights_in_place": True,
         "breakable_graphs": False,
+        "overlap_allowed": True,
     }
 
 

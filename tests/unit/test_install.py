@@ -396,6 +396,15 @@ def test_a_layer_that_cannot_be_planned_stays_serial(plugin: Any) -> None:
     assert layers[0].forward(HIDDEN)[0] == "stock"
 
 
+def test_a_setting_that_leaves_nothing_to_overlap_is_said(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "dual_stream")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "0")
+    plugin.register()
+    assert plugin.import_gdn()().gdn_strategy == "serial"
+    ((_, message),) = plugin.said
+    assert "VLLM_GDN_PLUGIN_MAX_TOKENS=0 leaves no batch to overlap" in message
+
+
 def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "dual_stream")
     monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "7")

@@ -61,6 +61,7 @@ BROKEN: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
         ],
         "CUDA graphs are on (the CPU runs the op serially)": [({"cuda_graphs": False}, "CUDA graphs are off")],
         "they are not breakable CUDA graphs": [({"breakable_graphs": True}, "VLLM_USE_BREAKABLE_CUDAGRAPH is on")],
+        "`VLLM_GDN_PLUGIN_MAX_TOKENS` is not 0": [({"overlap_allowed": False}, "leaves no batch to overlap")],
     },
 }
 """For each strategy and rule: what breaks it and no other rule, and what the user is told."""
