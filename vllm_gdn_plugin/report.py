@@ -87,7 +87,10 @@ def stepping_aside(settings: Settings, speaks: Callable[[], bool]) -> Iterator[C
 
 
 def warn_once(what: str, reason: str) -> None:
-    """Say what happened while the engine runs, and the first reason: once, however many calls of how many layers."""
+    """Say what happened while the engine runs, and the first reason: once, however many calls of how many layers.
+
+    VLLM_GDN_PLUGIN_STRICT=1 stops an engine that starts, never one that serves.
+    """
     if what not in _said:
         _said.add(what)
         if _answers_yes(host.is_first_rank):
