@@ -20,6 +20,9 @@ from pathlib import Path
 
 from gpu_models import MODELS, make_model
 
+from vllm_gdn_plugin.bench.errors import BenchError
+from vllm_gdn_plugin.bench.shapes import counts
+
 PARTS = ("serve", "compile")
 INPUT, OUTPUT, REQUESTS = "128", "128", "2"
 DUMMY = ["--load-format", "dummy", "--language-model-only", "--no-enable-prefix-caching", "--max-model-len", "2048"]
@@ -51,6 +54,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("vllm_arguments", metavar="-- ARGUMENT", nargs="*")
     options = parser.parse_args()
     options.part = options.part.split(",")
+    try:
+        options.concurrency = counts("--concurrency", options.concurrency)
+    except BenchError as wrong:
+        parser.error(str(wrong))
     if not set(options.part) <= set(PARTS):
         parser.error(f"--part {','.join(options.part)} is not {' or '.join(PARTS)}")
     if options.layers is not None and (options.layers < 4 or options.layers % 4):
@@ -62,14 +69,13 @@ def parsed() -> argparse.Namespace:
 
 def command(part: str, model: Path, options: argparse.Namespace) -> list[str]:
     """`vllm-gdn-plugin bench serve` or `bench compile` on the model."""
-    most = max(options.concurrency.split(","), key=len)
     line = [sys.executable, "-m", "vllm_gdn_plugin", "bench", part, "--model", str(model), "--device", options.device]
     line += ["--strategy", options.strategy, "--rounds", options.rounds]
     line += ["--output", str((options.output / options.model).resolve())]
     if part == "serve":
-        line += ["--concurrency", options.concurrency]
+        line += ["--concurrency", ",".join(map(str, options.concurrency))]
         line += ["--input-len", INPUT, "--output-len", OUTPUT, "--requests", REQUESTS]
-    return [*line, "--", *DUMMY, "--max-num-seqs", most, *options.vllm_arguments]
+    return [*line, "--", *DUMMY, "--max-num-seqs", str(max(options.concurrency)), *options.vllm_arguments]
 
 
 def run(line: Sequence[str], end: float) -> int:

@@ -2,17 +2,20 @@
 
     python benchmarks/gpu_models.py NAME DIRECTORY [--layers N]
 
-The tokenizer has one word for each id of the vocabulary, so that any ids become text and the same ids again: clients
-that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`.
+The tokenizer has a word for each id of the vocabulary (but the first 27), so that ids become text and the same ids
+again: clients that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`.
 """
 
 import argparse
 import json
+import string
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 INTERVAL = 4
 """Every fourth layer is full attention."""
+END_OF_TEXT = "<|endoftext|>"
 
 _TEXT: dict[str, Any] = {
     "vocab_size": 248320,
@@ -116,12 +119,23 @@ def make_model(name: str, directory: Path, layers: int | None = None) -> Path:
 
 
 def _tokenizer(size: int) -> Any:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    """Letters, then words of a space and letters, each made by one merge of a shorter word and a letter.
+
+    A byte-level BPE, because transformers makes one of whatever lies beside a Qwen3.5 configuration.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    letters, words, merges = string.ascii_lowercase, ["\u0120"], []  # how such vocabularies write a space
+    longer = ((word, letter) for word in words for letter in letters)
+    for merge in islice(longer, size - len(letters) - 2):
+        merges.append(merge)
+        words.append("".join(merge))
+    vocab = {name: number for number, name in enumerate([*letters, *words, END_OF_TEXT])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
 
 
 def main() -> None:
