@@ -2,8 +2,8 @@
 
     python generate_all.py MODEL OUTPUT.json [--eager] [--mtp] [--tensor-parallel-size N]
 
-With full and piecewise CUDA graphs, or eagerly; with `--mtp`, the model's own MTP head drafts. With more ranks than one,
-each engine has worker processes of its own, which load the installed plugin, or don't.
+With full and piecewise CUDA graphs, or eagerly; with `--mtp`, the model's own MTP head drafts. With more ranks than
+one, each engine has worker processes of its own, which load the installed plugin, or don't.
 """
 
 import argparse
