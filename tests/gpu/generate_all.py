@@ -1,8 +1,9 @@
 """Generate with one model with stock vLLM and with each strategy, in one process: its kernels are tuned once.
 
-    python generate_all.py MODEL OUTPUT.json [--eager]
+    python generate_all.py MODEL OUTPUT.json [--eager] [--mtp] [--tensor-parallel-size N]
 
-With full and piecewise CUDA graphs, or eagerly.
+With full and piecewise CUDA graphs, or eagerly; with `--mtp`, the model's own MTP head drafts. With more ranks than
+one, each engine has worker processes of its own, which load the installed plugin, or don't.
 """
 
 import argparse
@@ -19,12 +20,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--mtp", action="store_true")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     options = parser.parse_args()
-    os.environ |= {"VLLM_PLUGINS": "", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     results = {}
     for strategy in STRATEGIES:
         install(strategy)
-        results[strategy] = generate(options.model, options.eager)
+        results[strategy] = generate(options)
         options.output.write_text(json.dumps(results))
 
 
@@ -37,23 +40,26 @@ def install(strategy: str) -> None:
 
     for name in GDN_CLASSES.values():
         op_registry_oot.pop(name, None)
+    os.environ["VLLM_PLUGINS"] = "" if strategy == "stock" else "vllm_gdn_plugin"  # for worker processes
     if strategy != "stock":
         os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = strategy
         vllm_gdn_plugin.register()
 
 
-def generate(model: str, eager: bool) -> Any:
+def generate(options: argparse.Namespace) -> Any:
     """Tokens and log-probabilities of a few prompts, some of which share a prefix."""
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = LLM(
-        model,
-        enforce_eager=eager,
+        options.model,
+        enforce_eager=options.eager,
+        tensor_parallel_size=options.tensor_parallel_size,
+        speculative_config={"method": "mtp", "num_speculative_tokens": 2} if options.mtp else None,
         max_model_len=1024,
         max_num_seqs=8,
         gpu_memory_utilization=0.1,
-        enable_prefix_caching=True,
+        enable_prefix_caching=not options.mtp,
         attention_backend="FLASH_ATTN",
         gdn_prefill_backend="triton",
         skip_tokenizer_init=True,

@@ -1,0 +1,154 @@
+"""Models with the sizes of real ones and no weights, for `--load-format dummy`: a configuration and a tokenizer.
+
+    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N]
+
+The tokenizer has a word for each id of the vocabulary (but the first 27), so that ids become text and the same ids
+again: clients that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`.
+"""
+
+import argparse
+import json
+import string
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+INTERVAL = 4
+"""Every fourth layer is full attention."""
+END_OF_TEXT = "<|endoftext|>"
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 248320,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "attn_output_gate": True,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 32768,
+    "dtype": "bfloat16",
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e7,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [11, 11, 10],
+        "mrope_interleaved": True,
+    },
+}
+_EXPERTS = {
+    "model_type": "qwen3_5_moe_text",
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "35B-A3B": {
+        **_TEXT,
+        **_EXPERTS,
+        "hidden_size": 2048,
+        "num_hidden_layers": 40,
+        "linear_num_value_heads": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+    },
+    "27B": {
+        **_TEXT,
+        "model_type": "qwen3_5_text",
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 64,
+        "linear_num_value_heads": 48,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 4,
+    },
+    "tiny": {  # for a dry run
+        **_TEXT,
+        "vocab_size": 320,
+        "model_type": "qwen3_5_text",
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+}
+"""By name: the part of the configuration that sizes the language model. The widths are those of the Qwen3.5 models of
+these names, as far as a GDN layer and the layer's MLP go."""
+
+
+def make_model(name: str, directory: Path, layers: int | None = None) -> Path:
+    """Write the model `name` into `directory` and return it, with `layers` layers where given, a multiple of four."""
+    text = dict(MODELS[name])
+    text["num_hidden_layers"] = layers = layers or text["num_hidden_layers"]
+    if layers % INTERVAL:
+        raise ValueError(f"{layers} layers are not a multiple of {INTERVAL}")
+    text["layer_types"] = (["linear_attention"] * (INTERVAL - 1) + ["full_attention"]) * (layers // INTERVAL)
+    kind = text["model_type"].removesuffix("_text")
+    config = {
+        # The class with a vision part, which every release has; the part is tiny, `--language-model-only` drops it.
+        "architectures": [f"Qwen3_5{'Moe' if kind.endswith('moe') else ''}ForConditionalGeneration"],
+        "model_type": kind,
+        "dtype": "bfloat16",
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "vision_config": {
+            "model_type": kind,
+            "depth": 1,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "out_hidden_size": text["hidden_size"],
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "in_channels": 3,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [],
+        },
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    _tokenizer(text["vocab_size"]).save_pretrained(directory)
+    return directory
+
+
+def _tokenizer(size: int) -> Any:
+    """Letters, then words of a space and letters, each made by one merge of a shorter word and a letter.
+
+    A byte-level BPE, because transformers makes one of whatever lies beside a Qwen3.5 configuration.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters, words, merges = string.ascii_lowercase, ["\u0120"], []  # how such vocabularies write a space
+    longer = ((word, letter) for word in words for letter in letters)
+    for merge in islice(longer, size - len(letters) - 2):
+        merges.append(merge)
+        words.append("".join(merge))
+    vocab = {name: number for number, name in enumerate([*letters, *words, END_OF_TEXT])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=MODELS)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--layers", type=int)
+    options = parser.parse_args()
+    try:
+        print(make_model(options.name, options.directory, options.layers))
+    except ValueError as wrong:
+        parser.error(f"--layers: {wrong}")
+
+
+if __name__ == "__main__":
+    main()

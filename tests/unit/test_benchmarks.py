@@ -1,0 +1,308 @@
+"""The scripts of `benchmarks/` that need a GPU for their numbers: all that can be known without one."""
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
+
+
+needs_bench = needs("torch", "numpy", "scipy", "tqdm")
+
+
+def script(name: str, *arguments: object, **settings: str) -> "subprocess.CompletedProcess[str]":
+    line = [sys.executable, str(BENCHMARKS / name), *map(str, arguments)]
+    return subprocess.run(line, env={**os.environ, **settings}, capture_output=True, text=True)
+
+
+# narrow_kernel.py
+
+SMALL = ("--device", "cpu", "--tensor-parallel-size", "1", "--rounds", "1")
+
+
+@needs_bench
+def test_torchs_candidates_are_verified_and_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from narrow_kernel import main
+
+    assert main(["--output", str(tmp_path), "--shape", "256,512,48", "--tokens", "1,20", *SMALL]) == 0
+    result = json.loads((tmp_path / "narrow-kernel.json").read_text())
+    assert [row["tokens"] for row in result["rows"]] == [1, 20]
+    for row in result["rows"]:
+        assert not row["refused"]
+        assert list(row["samples_us"]) == ["cublas", "transposed", "padded"]
+        assert set(row["beside"]["plain"]["samples_us"]) == {*row["samples_us"], "qkvz"}
+        assert row["bytes_moved"] == 2 * (48 * 256 + row["tokens"] * (256 + 48))
+    assert (tmp_path / "narrow-kernel.md").read_text().strip() == capsys.readouterr().out.strip()
+
+
+@pytest.mark.slow
+@needs("torch", "numpy", "scipy", "tqdm", "triton")
+def test_the_triton_candidates_compute_the_projection(tmp_path: Path) -> None:
+    """In Triton's interpreter, which multiplies no bfloat16: whole and partial blocks of tokens, rows and columns."""
+    options = ("--dtype", "float16", "--shape", "320,512,24", "--tokens", "3,70")
+    done = script("narrow_kernel.py", "--output", tmp_path, *SMALL, *options, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads((tmp_path / "narrow-kernel.json").read_text())["rows"]:
+        assert not row["refused"]
+        assert sum(name.startswith("triton_") for name in row["samples_us"]) == 5
+
+
+@needs_bench
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--preset", "nobody"), "--preset 'nobody' is not known"),
+        (("--beside", "int4"), "--beside 'int4' is neither plain nor fp8"),
+        (("--beside", "fp8"), "--beside fp8 needs --device cuda"),
+        (("--shape", "256,512"), "is not hidden,qkvz,ba"),
+        (("--tokens", "0"), "is not whole numbers"),
+        (("--rounds", "1,2"), "--rounds is not one number"),
+    ],
+)
+def test_wrong_options_get_one_line(
+    tmp_path: Path, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from narrow_kernel import main
+
+    assert main(["--output", str(tmp_path), "--device", "cpu", *options]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert says in told
+
+
+@needs_bench
+def test_a_candidate_that_errs_or_does_not_repeat_is_refused() -> None:
+    import torch
+    from narrow_kernel import CUBLAS, prepare, why_refused
+
+    from vllm_gdn_plugin.bench.timing import CpuTimer
+
+    exact = torch.full((2, 3), 2.0, dtype=torch.float64)
+    values = iter(range(1000))
+    works: dict[str, Callable[[], Any]] = {
+        CUBLAS: lambda: (torch.full((2, 3), 2.002),),
+        "as exact": lambda: (torch.full((2, 3), 1.998),),
+        "less exact": lambda: (torch.full((2, 3), 2.003),),
+        "not a number": lambda: (torch.full((2, 3), torch.nan),),
+        "changes": lambda: (torch.full((2, 3), 2 + 1e-6 * next(values)),),
+    }
+    prepared, errors, refused = prepare(CpuTimer(), works, exact)
+    assert list(prepared) == [CUBLAS, "as exact"]
+    assert "its error against float64" in refused["less exact"]
+    assert "its error against float64" in refused["not a number"]
+    assert refused["changes"] == "20 repeats do not give the same bits"
+    assert errors["less exact"] > errors[CUBLAS]
+
+    def fails() -> Any:
+        raise RuntimeError("no kernel image\nfor this device")
+
+    _, _, refused = prepare(CpuTimer(), works | {"fails": fails}, exact)
+    assert refused["fails"] == "RuntimeError: no kernel image for this device"
+    outputs = (torch.zeros(2),)
+
+    def replay() -> None:  # as a CUDA graph, which writes where it wrote before
+        outputs[0].add_(1)
+
+    assert why_refused(lambda: None, outputs, 0.0, 0.0) is None
+    assert why_refused(replay, outputs, 0.0, 0.0) is not None
+
+
+def row(cublas: float, other: float) -> dict[str, Any]:
+    spread = (0.99, 1.0, 1.01)
+    return {
+        "bytes_moved": 1_000_000,  # in 10 us: 100 GB/s
+        "samples_us": {"cublas": [cublas * s for s in spread], "other": [other * s for s in spread]},
+        "refused": {},
+    }
+
+
+@needs_bench
+@pytest.mark.parametrize(
+    ("cublas", "other", "says"),
+    [
+        (10.0, 4.0, "other at 0.400x"),
+        (10.0, 6.0, "none: cublas reaches 10%, the fastest is other at 0.600x"),
+        (10.0, 11.0, "none: cublas reaches 10%, the fastest is cublas"),
+        (4.0, 1.0, "none: cublas reaches 25%"),
+    ],
+)
+def test_a_candidate_is_taken_where_cublas_is_slow_and_it_is_twice_as_fast(
+    cublas: float, other: float, says: str
+) -> None:
+    from narrow_kernel import choice
+
+    assert choice(row(cublas, other), bandwidth=1000.0).startswith(says)
+
+
+@needs_bench
+def test_nothing_is_taken_on_a_guess() -> None:
+    from narrow_kernel import choice
+
+    assert choice(row(10.0, 4.0), bandwidth=None) == "bandwidth not measured"
+    without = row(10.0, 4.0) | {"refused": {"cublas": "it failed"}}
+    del without["samples_us"]["cublas"]
+    assert choice(without, bandwidth=1000.0) == "nothing to compare with: it failed"
+
+
+# timeline.py
+
+STOCK = [("norm", 7, 95.0, 5.0), ("wide", 7, 100.0, 20.0), ("narrow", 7, 121.0, 6.0), ("rest", 7, 128.0, 10.0)]
+DUAL = [("norm", 7, 45.0, 5.0), ("wide", 7, 50.0, 21.0), ("narrow", 13, 52.0, 9.0), ("rest", 7, 72.0, 10.0)]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """What `timeline.py record` leaves, in small."""
+    for name, kernels in (("off", STOCK), ("dual_stream", DUAL)):
+        events: list[dict[str, Any]] = [
+            {"ph": "X", "cat": "kernel", "name": k, "tid": s, "ts": t, "dur": d, "args": {"stream": s}}
+            for k, s, t, d in reversed(kernels)
+        ]
+        launch = {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "tid": 1, "ts": 1.0, "dur": 9.0}
+        events += [launch, {"ph": "M", "name": "process_name"}]
+        with gzip.open(tmp_path / f"{name}.trace.json.gz", "wt") as file:
+            json.dump({"traceEvents": events}, file)
+    about = {"model": "some-model", "batch": 8, "machine": {"hardware": "a GPU"}}
+    (tmp_path / "record.json").write_text(json.dumps(about))
+    return tmp_path
+
+
+LABELS = "in_proj_qkvz,in_proj_ba,the rest"
+
+
+@needs("matplotlib")
+def test_from_traces_to_the_picture(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from timeline import load, main, picture_of
+
+    assert main(["list", str(recorded / "off.trace.json.gz"), "--match", "narrow"]) == 0
+    assert [line.split()[0] + line.split()[-1] for line in capsys.readouterr().out.splitlines()] == [
+        "0norm",
+        "1wide",
+        "2narrow",
+        "3rest",
+    ]
+    small = recorded / "small.json"
+    chosen = (f"off=1-3:{LABELS}", f"dual_stream=1-3:{LABELS}")
+    assert main(["trim", str(recorded), str(small), *chosen]) == 0
+    assert small.stat().st_size < 1000
+    done = script("timeline.py", "draw", small, recorded / "picture.png")
+    assert done.returncode == 0, done.stderr
+    assert (recorded / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+    (axis,) = picture_of(*load(small)).axes
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == [
+        "stock",
+        "dual_stream, stream 1",
+        "dual_stream, stream 2",
+    ]
+    bars = [(bar.get_y() + bar.get_height() / 2, bar.get_x(), bar.get_width()) for bar in axis.patches]
+    assert bars == [(0, 0, 20), (0, 21, 6), (0, 28, 10), (1, 0, 21), (1, 22, 10), (2, 2, 9)]
+    colors = [bar.get_facecolor() for bar in axis.patches]
+    assert colors[:3] == [colors[3], colors[5], colors[4]]
+    assert len(set(colors)) == 3
+
+
+@needs("matplotlib")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("list", "record.json"), "record.json is no gzipped trace"),
+        (("list", "off.trace.json.gz", "--match", "attention"), "no kernel has such a name"),
+        (("trim", ".", "x.json", "off"), "'off' is not VARIANT=FIRST-LAST:LABEL,..."),
+        (("trim", ".", "x.json", "off=1-3:one,two"), "off: 2 labels for 3 kernels"),
+        (("trim", ".", "x.json", "off=3-4:one,two"), "off: 2 labels for 1 kernels"),
+        (("trim", ".", "x.json", f"fused=1-3:{LABELS}"), "fused.trace.json.gz"),
+        (("draw", "record.json", "x.png"), "was not written by timeline.py trim"),
+        (("draw", "nothing.json", "x.png"), "cannot be read"),
+    ],
+)
+def test_wrong_input_of_the_timeline_gets_one_line(
+    recorded: Path,
+    arguments: tuple[str, ...],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from timeline import main
+
+    monkeypatch.chdir(recorded)
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert says in told
+
+
+# gpu_models.py and gpu_engine.py
+
+
+@needs("tokenizers", "transformers")
+def test_a_model_has_its_layers_and_words_for_ids(tmp_path: Path) -> None:
+    from gpu_models import make_model
+    from transformers import AutoTokenizer
+
+    from vllm_gdn_plugin.bench.shapes import shape_of_model
+
+    config = json.loads((make_model("tiny", tmp_path, layers=8) / "config.json").read_text())
+    kinds = config["text_config"]["layer_types"]
+    assert (len(kinds), kinds.count("full_attention"), kinds[3], kinds[7]) == (8, 2, *["full_attention"] * 2)
+    assert shape_of_model(str(tmp_path)).hidden == 256
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = [318, 27, 256, 100]
+    assert (len(tokenizer), tokenizer.eos_token_id) == (320, 319)
+    assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) == ids
+
+
+def test_the_models_have_the_projections_of_the_presets() -> None:
+    from gpu_models import MODELS
+
+    from vllm_gdn_plugin.bench.shapes import PRESETS, shape_of_config
+
+    for name in ("35B-A3B", "27B"):
+        assert shape_of_config(name, MODELS[name]) == shape_of_config(name, PRESETS[f"Qwen3.5-{name}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--layers", "6"), "--layers 6 is not a multiple of 4"),
+        (("--part", "serve,train"), "--part serve,train is not serve or compile"),
+        (("--concurrency", "1,x"), "--concurrency '1,x' is not whole numbers"),
+        (("--minutes", "0.5"), "40 s of it are kept for the end"),
+    ],
+)
+def test_wrong_options_of_the_engines_run(tmp_path: Path, options: tuple[str, ...], says: str) -> None:
+    done = script("gpu_engine.py", "--model", "tiny", "--output", tmp_path, *options)
+    assert done.returncode == 2
+    assert says in done.stderr.splitlines()[-1]
+
+
+def test_when_the_time_is_over_the_bench_is_interrupted_and_waited_for(tmp_path: Path) -> None:
+    import time
+
+    from gpu_engine import run
+
+    ready = tmp_path / "ready"
+    kept = (
+        "import pathlib, sys, time\n"
+        "try:\n    pathlib.Path(sys.argv[1]).touch(); time.sleep(600)\n"
+        "except KeyboardInterrupt:\n    pathlib.Path(sys.argv[1]).write_text('kept'); sys.exit(130)\n"
+    )
+    line = [sys.executable, "-c", kept, str(ready)]
+    assert run([*line, "serve"], time.monotonic() - 1) == 130
+    assert not ready.exists()
+    assert run([sys.executable, "-c", "", "", "serve"], time.monotonic() + 60) == 0
+    assert run(line, time.monotonic() + 5) == 130
+    assert ready.read_text() == "kept"
