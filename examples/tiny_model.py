@@ -1,10 +1,10 @@
 """Tiny random models with Gated Delta Net layers, made offline in a few seconds.
 
-    python tiny_model.py KIND DIRECTORY [--seed N]
+    python tiny_model.py KIND DIRECTORY [--seed N] [--vision]
 
 Each is a complete checkpoint (config, bf16 weights, byte-level tokenizer) of about 5 MB. It says
 nothing sensible, but its logits differ from token to token, so two ways of computing it can be
-compared.
+compared. vLLM 0.26 and earlier know Qwen3.5 only with a vision tower: `--vision` adds a tiny one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
+    Qwen3_5Config,
     Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
     Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
@@ -63,17 +67,35 @@ _BUILDERS: dict[str, Callable[[], Any]] = {
 }
 KINDS = tuple(_BUILDERS)
 
+_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "out_hidden_size": _COMMON["hidden_size"],
+}
+_BUILDERS_WITH_VISION: dict[str, Callable[[], Any]] = {
+    "qwen3_5": lambda: Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=_COMMON | _DENSE, vision_config=_VISION, dtype="bfloat16")
+    ),
+    "qwen3_5_moe": lambda: Qwen3_5MoeForConditionalGeneration(
+        Qwen3_5MoeConfig(text_config=_COMMON | _MOE, vision_config=_VISION, dtype="bfloat16")
+    ),
+}
 
-def make_model(kind: str, directory: Path, seed: int = 0) -> Path:
+
+def make_model(kind: str, directory: Path, seed: int = 0, vision: bool = False) -> Path:
     """Write the tiny model `kind`, one of `KINDS`, into `directory` and return `directory`.
 
-    The same `seed` gives the same weights. Raises ValueError for an unknown `kind`.
+    The same `seed` gives the same weights. `vision` adds a vision tower to the kinds that can have
+    one. Raises ValueError for an unknown `kind`.
     """
     if kind not in _BUILDERS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _BUILDERS[kind]()
+        model = (_BUILDERS | _BUILDERS_WITH_VISION if vision else _BUILDERS)[kind]()
         _spread_gates(model)
     model.to(torch.bfloat16).save_pretrained(directory)
     _byte_tokenizer().save_pretrained(directory)
@@ -104,9 +126,10 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vision", action="store_true")
     args = parser.parse_args()
     disable_progress_bar()
-    print(make_model(args.kind, args.directory, args.seed))
+    print(make_model(args.kind, args.directory, args.seed, args.vision))
 
 
 if __name__ == "__main__":

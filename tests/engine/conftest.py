@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -10,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from serving import end_group, engine_env
 
 HERE = Path(__file__).parent
@@ -48,6 +50,8 @@ def models(scratch: Path) -> Callable[[str], Path]:
         directory = scratch / "models" / kind
         if not directory.exists():
             command = [sys.executable, EXAMPLES / "tiny_model.py", kind, directory]
+            if Version(importlib.metadata.version("vllm")) < Version("0.27"):  # knows Qwen3.5 only so
+                command.append("--vision")
             subprocess.run(command, check=True, capture_output=True)
         return directory
 
@@ -66,20 +70,31 @@ def witness(scratch: Path) -> Callable[..., tuple[dict[str, str], Callable[[], l
 
     def settings(breaks: str | None = None) -> tuple[dict[str, str], Callable[[], list[dict[str, Any]]]]:
         file = site / f"{time.time_ns()}.jsonl"
-        env = {"PYTHONPATH": str(site), "WITNESS_FILE": str(file)} | ({"WITNESS_BREAKS": breaks} if breaks else {})
+        path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+        env = {"PYTHONPATH": path, "WITNESS_FILE": str(file)} | ({"WITNESS_BREAKS": breaks} if breaks else {})
         return env, lambda: [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
     return settings
 
 
 @pytest.fixture(scope="session")
-def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., dict[str, Any]]:
-    """`run_generate(kind, env={...}, eager=True, tp=1)` generates with a fresh engine.
+def run_generate(run_script: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`run_script`, where vLLM has the compiled part that an engine needs."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    if not any(list(Path(path).glob("_C*")) for path in spec.submodule_search_locations or ()):
+        pytest.skip(f"vLLM {importlib.metadata.version('vllm')} is here without its compiled part")
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def run_script(models: Callable[[str], Path], scratch: Path) -> Callable[..., dict[str, Any]]:
+    """`run_script(kind, env={...}, eager=True, tp=1)` generates with a fresh engine.
 
     Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, all that the processes
     printed as `log`, and the directories that vLLM added to its `compile_caches`. `env` adds to `engine_env`, so it
-    can also choose another VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments.
-    `fails`: the engine is expected to stop with an error.
+    can also choose another VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments,
+    and `arguments` are added to them. `fails`: the engine is expected to stop with an error.
     """
 
     def generate(
@@ -89,12 +104,13 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
         eager: bool = True,
         tp: int = 1,
         script: Path = HERE / "generate.py",
+        arguments: Sequence[str | Path] = (),
         fails: bool = False,
     ) -> dict[str, Any]:
         output = scratch / "tmp" / "generated.json"
         output.unlink(missing_ok=True)
         command = [sys.executable, str(script), str(models(kind)), str(output)]
-        command += ["--tensor-parallel-size", str(tp)] + ([] if eager else ["--compiled"])
+        command += ["--tensor-parallel-size", str(tp)] + ([] if eager else ["--compiled"]) + [*map(str, arguments)]
         caches = scratch / "cache" / "torch_compile_cache"
         before = set(caches.glob("*/*"))
         log = _run(command, engine_env(scratch, **_engine_settings(eager, tp) | dict(env or {})), fails)
