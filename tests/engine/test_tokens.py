@@ -33,7 +33,9 @@ ENGINES = [
 
 @pytest.mark.parametrize(("kind", "eager"), ENGINES)
 @pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
-def test_same_as_stock(generated: Callable[..., Any], kind: str, strategy: str, eager: bool) -> None:
+def test_same_as_stock(
+    generated: Callable[..., Any], record_property: Callable[[str, Any], None], kind: str, strategy: str, eager: bool
+) -> None:
     stock, plugin = generated(kind, "off", eager), generated(kind, strategy, eager)
     assert plugin["token_ids"] == stock["token_ids"]
     if strategy == "dual_stream":
@@ -48,6 +50,9 @@ def test_same_as_stock(generated: Callable[..., Any], kind: str, strategy: str, 
     assert plugin["op_calls"][strategy] >= GDN_LAYERS * steps
     assert f"{strategy} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers (platform cpu" in plugin["log"]
     assert "vllm-gdn-plugin" not in stock["log"]
+    for name in ("vllm", "torch"):
+        record_property(name, plugin[name])
+    record_property("op_calls", plugin["op_calls"][strategy])
 
 
 @pytest.fixture(scope="module")
