@@ -30,6 +30,7 @@ SELECTED = {
     "engines": {
         "tests/v1/e2e/test_cpu_linear_attn_chunked_prefix.py": "chunked prefill and the prefix cache of GDN layers",
         "tests/plugins_tests/test_stats_logger_plugins.py": "the plugin loader: loggers",
+        # Last: it leaves its process with vLLM's environment variables cached.
         "tests/plugins_tests/test_scheduler_plugins.py": "a scheduler from outside",
     },
     "layer": {

@@ -69,6 +69,7 @@ def test_gives_the_same_tokens(generated: Any, strategy: str) -> None:
 
 def test_each_strategy_was_at_work(generated: Any) -> None:
     assert "fused on 3 of 3 GDN layers (platform cuda" in generated["log"]
+    assert ("Qwen3NextMTP" in generated["log"]) == (generated["mode"] == "mtp")
     if generated["mode"] == "eager":
         assert "CUDA graphs are off" in generated["log"]
     else:
