@@ -96,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--concurrency", metavar="N,...", default="1,2,4,8,16", help="default 1,2,4,8,16")
     command.add_argument("--input-len", metavar="N", default="512", help="tokens of each prompt; default 512")
     command.add_argument("--output-len", metavar="N", default="256", help="tokens of each answer; default 256")
+    command.add_argument(
+        "--side-by-side",
+        action="store_true",
+        help="start one engine of each kind, keep all running and drive them in turn: more rounds in the same time, and"
+        " nothing said of start-up and memory. All must fit: see --gpu-memory-utilization of `vllm serve`",
+    )
     command.add_argument("--requests", metavar="N", default="4", help="of each client, one after the other; default 4")
 
     command = measuring(
@@ -174,9 +180,11 @@ def _serve(options: argparse.Namespace, command: str) -> int:
     from vllm_gdn_plugin.bench.engine.serve import Load, measure
 
     load = Load(concurrency, *lengths)
-    run.load = str(load)
+    run.load = f"{load}{'; engines side by side, idle while another is driven' if options.side_by_side else ''}"
     steps = (run.rounds + 1) * len(run.variants)
-    return _measured(run, options.output / "serve.json", steps, lambda progress: measure(run, load, progress))
+    return _measured(
+        run, options.output / "serve.json", steps, lambda progress: measure(run, load, options.side_by_side, progress)
+    )
 
 
 LENGTHS = ("input_len", "output_len", "requests")

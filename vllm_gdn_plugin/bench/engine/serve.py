@@ -5,9 +5,8 @@ import os
 import subprocess
 import tempfile
 import time
-import urllib.error
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ class Load:
         )
 
 
-def measure(run: EngineRun, load: Load, progress: Any) -> None:
+def measure(run: EngineRun, load: Load, side_by_side: bool, progress: Any) -> None:
     """Add the samples of ``run.rounds`` rounds to ``run``: in each, one engine of each variant, one after the other.
 
     Before them, one engine of each variant is started, asked once and compared; its time does not count, and it fills
@@ -46,27 +45,38 @@ def measure(run: EngineRun, load: Load, progress: Any) -> None:
 
     Args:
         run: gets the samples, and with them whatever was measured before an error.
+        side_by_side: those first engines go on running and are driven in turn, so that nothing is said of start-up
+            and memory; else each round starts new ones.
         progress: a ``tqdm``, of one step for each engine.
     """
-    with tempfile.TemporaryDirectory(prefix="gdn-bench-", ignore_cleanup_errors=True) as scratch:
-        stock = None
+    with tempfile.TemporaryDirectory(prefix="gdn-bench-", ignore_cleanup_errors=True) as scratch, ExitStack() as kept:
+        stock, servers = None, {}
         for variant in run.variants:
             progress.set_description(f"verify {variant}")
-            with started(run, variant, Path(scratch)) as server:
+            with ExitStack() as ended:
+                server = (kept if side_by_side else ended).enter_context(started(run, variant, Path(scratch)))
                 found = probe.answer(server)
+            servers[variant] = server
             stock = stock or found
             if variant != OFF:
                 run.verified[variant] = verified(variant, stock, found)
             progress.update()
         for number, variant in turns(run):
             progress.set_description(f"round {number + 1}, {variant}")
-            with started(run, variant, Path(scratch)) as server:
-                run.add(number, variant, START, {"startup_s": server.seconds})
-                for concurrency in load.concurrency:
-                    values = _drive(run, server, load, concurrency, seed=number * 1000 + concurrency)
-                    run.add(number, variant, f"concurrency {concurrency}", values)
-                run.add(number, variant, START, probe.memory(server))
+            if side_by_side:
+                _drive_all(run, number, variant, servers[variant], load)
+            else:
+                with started(run, variant, Path(scratch)) as server:
+                    run.add(number, variant, START, {"startup_s": server.seconds})
+                    _drive_all(run, number, variant, server, load)
+                    run.add(number, variant, START, probe.memory(server))
             progress.update()
+
+
+def _drive_all(run: EngineRun, number: int, variant: str, server: Server, load: Load) -> None:
+    for concurrency in load.concurrency:
+        values = _drive(run, server, load, concurrency, seed=number * 1000 + concurrency)
+        run.add(number, variant, f"concurrency {concurrency}", values)
 
 
 def turns(run: EngineRun) -> Iterator[tuple[int, str]]:
@@ -111,8 +121,6 @@ def started(
         log = Path(tempfile.gettempdir(), f"gdn-bench-{variant}-{time.time_ns()}.log")
         log.write_text(error.log)
         raise BadInput(f"{variant}: {error.cause()} (its log: {log})") from error
-    except urllib.error.URLError as error:
-        raise BadInput(f"{variant}: the server does not answer as expected: {error}") from error
 
 
 def _drive(run: EngineRun, server: Server, load: Load, concurrency: int, seed: int) -> dict[str, float]:

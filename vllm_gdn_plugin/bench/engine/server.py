@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_gdn_plugin.bench.errors import BadInput
+
 START_SECONDS = 1800
 """A large model on a slow disk takes its time; a server that ends is noticed at once."""
 STOP_SECONDS = 20
@@ -58,16 +60,21 @@ class Server:
 
     def get(self, path: str) -> str:
         """The body that ``path`` answers."""
-        with urllib.request.urlopen(self.url + path, timeout=60) as response:
-            return str(response.read().decode())
+        return self._ask(self.url + path).decode()
 
     def post(self, path: str, body: Mapping[str, Any], **headers: str) -> Any:
         """POST ``body`` as JSON to ``path``; returns the decoded answer."""
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"} | headers
         )
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return json.load(response)
+        return json.loads(self._ask(request))
+
+    def _ask(self, request: urllib.request.Request | str) -> bytes:
+        try:
+            with urllib.request.urlopen(request, timeout=600) as response:
+                return bytes(response.read())
+        except urllib.error.URLError as error:
+            raise BadInput(f"the server at {self.url} does not answer as expected: {error}") from error
 
 
 @contextmanager
