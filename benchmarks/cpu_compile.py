@@ -8,6 +8,7 @@ DIRECTORY/cpu-piecewise/compile.*.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -32,16 +33,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gdn-", ignore_cleanup_errors=True) as directory:
         scratch = Path(directory)
         make_model("qwen3_5", scratch / "qwen3_5")
-        bench(scratch, options.output / "cpu", ["--rounds", options.rounds])
-        plugin = install_plugin(scratch)
+        bench(scratch, "cpu", ["--rounds", options.rounds], options.output)
+        path = os.pathsep.join(filter(None, [str(install_plugin(scratch)), os.environ.get("PYTHONPATH")]))
         rounds = ["--rounds", "1", "--layers", options.layers]
-        bench(scratch, options.output / "cpu-piecewise", rounds, PYTHONPATH=str(plugin))
+        bench(scratch, "cpu-piecewise", rounds, options.output, PYTHONPATH=path)
 
 
-def bench(scratch: Path, output: Path, options: list[str], **settings: str) -> None:
+def bench(scratch: Path, name: str, options: list[str], output: Path, **settings: str) -> None:
     command = [sys.executable, "-m", "vllm_gdn_plugin", "bench", "compile", "--model", "qwen3_5", "--device", "cpu"]
-    command += ["--strategy", "dual_stream", "--output", str(output.resolve()), *options, "--", *ENGINE]
+    command += ["--strategy", "dual_stream", "--output", name, *options, "--", *ENGINE]
     subprocess.run(command, cwd=scratch, env=engine_env(scratch, **settings), check=True)
+    shutil.copytree(scratch / name, output / name, dirs_exist_ok=True)
 
 
 def install_plugin(scratch: Path) -> Path:
