@@ -9,7 +9,9 @@ import json
 import re
 import statistics
 import sys
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from vllm_gdn_plugin.bench.engine.compile import COLD, WARM
 from vllm_gdn_plugin.bench.engine.results import EngineRun
@@ -45,14 +47,23 @@ def settings() -> str:
 
 
 def releases() -> str:
-    rows = json.loads(RELEASES.read_text())
-    classes = {f"{module}.{name}": name for module, name in GDN_CLASSES.items()}
-    lines = ["| vLLM | layer class | contract |", "|---|---|---|"]
-    for path, name in reversed(classes.items()):
-        versions = [row["version"] for row in rows if row["status"] == "active" and f" {path} is as" in row["reason"]]
-        lines.append(f"| {', '.join(versions)} | `{name}` | holds |")
-    lines += [f"| {row['version']} | | {row['reason']} |" for row in rows if row["status"] != "active"]
+    lines = [
+        "| vLLM | layer class | source | layer, its `forward_cuda` | CPU engine | with torch |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cells, rows in groupby(json.loads(RELEASES.read_text()), proof_of_release):
+        lines.append(f"| {', '.join(row['version'] for row in rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def proof_of_release(row: dict[str, Any]) -> tuple[str, ...]:
+    """What the table says about a release: layer class, source, layer, engine, torch."""
+    if row["failures"]:
+        return ("", "; ".join(row["failures"]), "", "", "")
+    (name,) = (name for module, name in GDN_CLASSES.items() if f" {module}.{name} is as" in row["reason"])
+    layer, engine = (len({case.split("-")[1] for case in cases}) for cases in row["op_calls"].values())
+    engine_cell = f"{engine} models: the same" if engine else f"not run: {row['no_engine']}"
+    return f"`{name}`", "holds", f"{layer} models: the same", engine_cell, row["torch"]
 
 
 def results() -> str:

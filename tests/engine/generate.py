@@ -69,7 +69,7 @@ def answers(llm: Any, max_tokens: int) -> dict[str, Any]:
             [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
             for completion in completions
         ],
-        "op_calls": dict(witness.calls) if witness else {},
+        "op_calls": witness.calls_of_all_processes() if witness else {},
     }
 
 
