@@ -68,6 +68,8 @@ def proof_of_release(row: dict[str, Any]) -> tuple[str, ...]:
 
 def results() -> str:
     bf16, fp8 = (load(RESULTS / f"h200-projections-{precision}.json") for precision in ("bfloat16", "fp8"))
+    serve = load(RESULTS / "h200-35B-A3B" / "serve.json")
+    assert isinstance(serve, EngineRun)
     machine = bf16.machine
     entry_point = json.loads((RESULTS / "entry_point.json").read_text())
     cost = [sum(pair) for pair in zip(entry_point["import_package"], entry_point["register"], strict=True)]
@@ -89,8 +91,11 @@ Every number, with its spread: [bf16](benchmarks/results/h200-projections-bfloat
 {worst:.0f} % slower than dual_stream, {where}), and from
 about 128 tokens on, dual_stream hides little in bf16. By median, no strategy was slower than serial at any size on this
 GPU. In FP8, serial is vLLM's own layer called by itself; a compiled engine may fuse its quantisation into the norm,
-which is not in these numbers. These are the projections alone, a part of a decode step: what a whole engine gains has
-not been measured yet. Other GPUs differ:
+which is not in these numbers. These are the projections alone, a part of a decode step.
+
+**A whole engine.** {engine(serve)}
+
+Other GPUs differ:
 
 ```
 pip install 'vllm-gdn-plugin[bench]' && vllm-gdn-plugin bench projections --model PATH --output DIRECTORY
@@ -100,6 +105,18 @@ pip install 'vllm-gdn-plugin[bench]' && vllm-gdn-plugin bench projections --mode
 
 In a process that builds no GDN layer the entry point costs {statistics.median(cost):.1f} ms (median of {len(cost)},
 {min(cost):.1f} to {max(cost):.1f} ms, {entry_point["hardware"]}; `{entry_point["command"]}`)."""
+
+
+def engine(run: EngineRun) -> str:
+    """What a whole engine gains at one request at a time, and all that its result says against itself."""
+    found = {m: shown(changes(run, m, "concurrency 1", FUSED)) for m in ("output_tokens_per_s", "tpot_ms", "ttft_ms")}
+    rounds = len(run.values("tpot_ms", "concurrency 1", FUSED))
+    return f"""A model with the widths of Qwen3.5-35B-A3B in bf16, 24 of its 40 layers and random weights, served to one
+client by vLLM {run.machine.vllm} on an {run.machine.hardware}, fused against stock: output tokens/s
+{found["output_tokens_per_s"]}, TPOT {found["tpot_ms"]}, TTFT {found["ttft_ms"]}
+(geometric mean and 95 % interval of {rounds} interleaved rounds: the run was cut short, and at concurrency 8 it has no
+second pair, so nothing is claimed there: [every number](benchmarks/results/h200-35B-A3B/serve.md)). Other strategies,
+models and precisions have not been measured in an engine."""
 
 
 TOKENS = (1, 8, 64, 128, 256, 1024)

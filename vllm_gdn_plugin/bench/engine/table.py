@@ -36,10 +36,12 @@ def changes(run: EngineRun, metric: str, case: str, variant: str) -> Change | No
 
 
 def _about(run: EngineRun) -> list[str]:
+    begun = len({sample.round for sample in run.samples})
+    rounds = f"{run.rounds} rounds" if begun == run.rounds else f"{begun} of {run.rounds} rounds"
     lines = [
         f"- {about_machine(run.machine)}; {run.date}",
         f"- `{run.command}`",
-        f"- {OFF}: stock vLLM, every other plugin loaded; the engines take turns, {run.rounds} rounds",
+        f"- {OFF}: stock vLLM, every other plugin loaded; the engines take turns, {rounds}",
         f"- median (lowest to highest); change: against {OFF} in the same round, geometric mean with its"
         f' {CONFIDENCE:.0%} interval; "{NO_DIFFERENCE}" where the interval includes 0',
     ]
