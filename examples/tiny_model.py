@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--vision", action="store_true")
     args = parser.parse_args()
     disable_progress_bar()
-    print(make_model(args.kind, args.directory, args.seed, args.vision))
+    print(make_model(args.kind, args.directory, args.seed, vision=args.vision))
 
 
 if __name__ == "__main__":
