@@ -180,7 +180,8 @@ def graphs(run: EngineRun) -> str:
     cases = [case for case in run.cases("artifacts") if case not in (COLD, WARM)]
     lines = [f"| | {' | '.join(case.removeprefix(f'{COLD}, ') for case in cases)} |", "|---|" + "---|" * len(cases)]
     for name in run.variants:
-        counts = " | ".join(f"{run.values('artifacts', case, name)[0]:.0f}" for case in cases)
+        found = [run.values("artifacts", case, name) for case in cases]
+        counts = " | ".join(f"{values[0]:.0f}" if values else "not measured" for values in found)
         lines.append(f"| {'without the plugin' if name == OFF else name} | {counts} |")
     return "\n".join(lines)
 
