@@ -27,7 +27,7 @@ ENGINE = ["--mamba-ssm-cache-dtype", "float32", "--max-model-len", "256", "--max
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", default="5")
-    parser.add_argument("--layers", default="8,16,24")
+    parser.add_argument("--layers", default="8,16")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="gdn-", ignore_cleanup_errors=True) as directory:
