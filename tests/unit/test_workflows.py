@@ -31,9 +31,11 @@ def bash(script: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]
 
 
 def test_every_action_is_pinned_and_every_right_is_given_to_one_job() -> None:
-    uses = [s["uses"] for job in JOBS.values() for s in job["steps"] if "uses" in s]
+    uses = [s["uses"] for job in JOBS.values() for s in job.get("steps", ()) if "uses" in s]
     assert uses
     assert all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", action) for action in uses)
+    whole = [job["uses"] for job in JOBS.values() if "uses" in job]
+    assert all(workflow.startswith("./") for workflow in whole), "a job that is another workflow is one of ours"
     assert all(spec["permissions"] == {"contents": "read"} for spec in WORKFLOWS.values())
     rights = {name: job["permissions"] for name, job in JOBS.items() if "permissions" in job}
     assert rights == {"release/publish": {"id-token": "write"}, "newest-vllm/report": {"issues": "write"}}
