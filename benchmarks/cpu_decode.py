@@ -20,9 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import scipy.stats
-
+from vllm_gdn_plugin.bench.engine.table import shown
 from vllm_gdn_plugin.bench.machine import cpu
+from vllm_gdn_plugin.bench.stats import paired_change
+from vllm_gdn_plugin.bench.table import table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -106,7 +107,7 @@ def main() -> None:
         "load_average_at_end": os.getloadavg(),
     }
     (options.output / "cpu_decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = table(samples)
+    text = table_of(samples)
     (options.output / "cpu_decode.md").write_text(text)
     print(text, end="")
 
@@ -152,23 +153,13 @@ def make_larger(scratch: Path) -> Path:
     return scratch / "larger"
 
 
-def table(samples: list[dict[str, Any]]) -> str:
-    """Markdown: median and range of each strategy, and the mean of the rounds' differences with its 95 % interval."""
-    lines = [
-        "| model | batch | off, tokens/s | fused, tokens/s | fused against off |",
-        "|---|---|---|---|---|",
-    ]
+def table_of(samples: list[dict[str, Any]]) -> str:
+    """Markdown: median and range of each strategy, and how the rounds' pairs compare."""
+    lines = [["model", "batch", "off, tokens/s", "fused, tokens/s", "change by fused"]]
     for model, batch, rates in cells(samples):
-        shown = [f"{statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for r in rates.values()]
-        differences = [100 * (ours / theirs - 1) for theirs, ours in zip(rates["off"], rates["fused"], strict=True)]
-        interval = scipy.stats.bootstrap(
-            (differences,), statistics.fmean, vectorized=False, method="percentile", rng=0
-        ).confidence_interval
-        what = f"{statistics.fmean(differences):+.1f} % ({interval.low:+.1f} to {interval.high:+.1f})"
-        if interval.low <= 0 <= interval.high:
-            what = f"no difference shown: {what}"
-        lines.append(f"| {model} | {batch} | {shown[0]} | {shown[1]} | {what} |")
-    return "\n".join(lines) + "\n"
+        spreads = [f"{statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for r in rates.values()]
+        lines.append([model, batch, *spreads, shown(paired_change(rates["fused"], rates["off"]))])
+    return table(lines) + "\n"
 
 
 def cells(samples: list[dict[str, Any]]) -> Iterator[tuple[str, str, dict[str, list[float]]]]:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from vllm_gdn_plugin.bench import quantized, strategies
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
 from vllm_gdn_plugin.bench.machine import describe_machine, require_device
-from vllm_gdn_plugin.bench.projections import SEED, _through, layer_count
+from vllm_gdn_plugin.bench.projections import SEED, layer_count, through
 from vllm_gdn_plugin.bench.results import QKVZ, Machine
 from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, counts, distinct, preset_shapes, shape_of_text
 from vllm_gdn_plugin.bench.stats import CONFIDENCE, SPREAD, Ratio, paired_ratio, summary
@@ -159,7 +159,7 @@ def _alone(
     hidden_states: torch.Tensor,
     rounds: int,
 ) -> Row:
-    works = {name: _through(each, lambda one, x: (one(x),), hidden_states) for name, each in linears.items()}
+    works = {name: through(each, lambda one, x: (one(x),), hidden_states) for name, each in linears.items()}
     exact = F.linear(hidden_states.double(), weights[-1].double())
     prepared, errors, refused = prepare(timer, works, exact)
     moved = weights[0].nbytes + hidden_states.nbytes + len(hidden_states) * len(weights[0]) * hidden_states.itemsize
@@ -178,12 +178,12 @@ def _beside(
     """in_proj_qkvz alone, and dual_stream with each candidate as in_proj_ba."""
     step = strategies.dual_stream(timer.aux_stream)
     works = {
-        name: _through([replace(wide, ba=one) for wide, one in zip(layers, each, strict=False)], step, hidden_states)
+        name: through([replace(wide, ba=one) for wide, one in zip(layers, each, strict=False)], step, hidden_states)
         for name, each in linears.items()
     }
     exact = F.linear(hidden_states.double(), weights[len(layers) - 1].double())
     prepared, _, refused = prepare(timer, works, exact)
-    prepared[QKVZ] = timer.prepare(_through(layers, strategies.qkvz_alone, hidden_states))[0]
+    prepared[QKVZ] = timer.prepare(through(layers, strategies.qkvz_alone, hidden_states))[0]
     return {"refused": refused, "samples_us": _per_layer(timer.measure(prepared, rounds), len(layers))}
 
 

@@ -95,7 +95,7 @@ def measure_point(
     ways = strategies.steps(layers[0], timer.aux_stream)
     prepared, outputs = {}, {}
     for name, step in ways.items():
-        prepared[name], outputs[name] = timer.prepare(_through(layers, step, hidden_states))
+        prepared[name], outputs[name] = timer.prepare(through(layers, step, hidden_states))
     verify(outputs, layers[-1].reference(hidden_states))
     moved = {name: strategies.bytes_moved(layers[-1], name, hidden_states, outputs[name]) for name in ways}
     samples = timer.measure(prepared, rounds)
@@ -103,7 +103,7 @@ def measure_point(
     return Point(shape, len(hidden_states), len(layers), moved, per_layer)
 
 
-def _through(layers: list[Projections], step: strategies.Step, hidden_states: torch.Tensor) -> Callable[[], Outputs]:
+def through(layers: list[Projections], step: strategies.Step, hidden_states: torch.Tensor) -> Callable[[], Outputs]:
     """All layers, one after the other; the last one's outputs are kept, the others' memory is used again."""
 
     def work() -> Outputs:
