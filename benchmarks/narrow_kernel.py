@@ -36,8 +36,9 @@ from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, counts, distinct, prese
 from vllm_gdn_plugin.bench.stats import CONFIDENCE, SPREAD, Ratio, paired_ratio, summary
 from vllm_gdn_plugin.bench.strategies import Linear, Projections
 from vllm_gdn_plugin.bench.table import NO_DIFFERENCE, about_machine, table
-from vllm_gdn_plugin.bench.timing import CpuTimer, CudaTimer, Timer
+from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
 from vllm_gdn_plugin.bench.verify import Outputs, error
+from vllm_gdn_plugin.timing import CudaTimer
 
 REPEATS = 20
 ERROR_TOLERANCE = 1.001

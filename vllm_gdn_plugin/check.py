@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.checkpoint import ASSUMED, Unreadable, read_groups
+from vllm_gdn_plugin.checkpoint import ASSUMED, LayerGroup, Unreadable, read_groups
 from vllm_gdn_plugin.contract import Contract, check_contract
 from vllm_gdn_plugin.decision import Decision, Status, decide, refusal
-from vllm_gdn_plugin.plan import AUTO, SERIAL, platform_plan
+from vllm_gdn_plugin.plan import AUTO, SERIAL, choices, platform_plan
 from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
+from vllm_gdn_plugin.tuning import case_of, described, fastest, recall
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def with_model(report: Report, path: str, tensor_parallel_size: int) -> Report:
         )
     except Unreadable as error:
         raise CannotTell(str(error)) from None
-    report = replace(report, model=[str(group) for group in groups], warnings=warnings)
+    report = replace(report, model=[f"{group}{_timed(group, report, settings)}" for group in groups], warnings=warnings)
     if report.status != "active":
         return report
     strategies = sorted({group.plan.strategy for group in groups})
@@ -169,6 +170,18 @@ def with_model(report: Report, path: str, tensor_parallel_size: int) -> Report:
             report, status="serial", strategy=SERIAL, reason=groups[0].plan.reason, what_to_do=ADVICE["serial"]
         )
     return replace(report, strategy="+".join(strategies), reason=f"by the model's config.json, {ASSUMED}")
+
+
+def _timed(group: LayerGroup, report: Report, settings: Settings) -> str:
+    """What ``auto`` chooses by the times of this GPU, if it was started here before."""
+    ways = choices(group.facts)
+    if settings.strategy != AUTO or not settings.tune or report.platform != "cuda" or not ways:
+        return ""
+    times = recall(case_of(group.facts, group.hidden_size, report.device or ""), host.tuning_directory())
+    chosen = fastest({tokens: time for tokens, time in times.items() if tokens <= settings.max_tokens}, ways)
+    if chosen:
+        return f"; in CUDA graphs {described(chosen)} (timed at an earlier start)"
+    return f"; in CUDA graphs {', '.join(ways[:-1])} or {ways[-1]}, to be timed on this GPU at the first start"
 
 
 def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report:

@@ -82,6 +82,12 @@ class FusedProjections:
         """Both projections of ``hidden_states`` (num_tokens, hidden_size): (num_tokens, qkvz + ba + padding)."""
         return self.qkvz.quant_method.apply(self, hidden_states)
 
+    def result_for(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What :meth:`apply` gives, yet to be computed, and its blocks for ``in_proj_qkvz`` and ``in_proj_ba``."""
+        both = hidden_states.new_empty((hidden_states.shape[0], sum(self.sizes) + self.padding))
+        qkvz, ba, _ = both.split([*self.sizes, self.padding], dim=-1)
+        return both, qkvz, ba
+
     def apply_serially(self, layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         """What :meth:`apply` gives, from the layer's projections as they are now: always right, never fast."""
         qkvz, ba = layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0]

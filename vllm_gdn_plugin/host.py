@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable
 from importlib.abc import Loader, MetaPathFinder
@@ -185,6 +186,45 @@ def after_loading(action: Callable[[Any], None]) -> Any:
             action(layer)
 
     return AfterLoading()
+
+
+def captured_sizes() -> tuple[int, ...]:
+    """The numbers of tokens for which vLLM will capture a CUDA graph, as far as its configuration tells; none where
+    the model's memory is vLLM's own allocator's (sleep mode), in which nothing else should be captured meanwhile."""
+    from vllm.config.vllm import get_current_vllm_config
+
+    config = get_current_vllm_config()
+    model = config.model_config
+    if getattr(model, "enable_sleep_mode", False) or getattr(model, "enable_cumem_allocator", False):
+        return ()
+    return tuple(getattr(config.compilation_config, "cudagraph_capture_sizes", None) or ())
+
+
+def tuning_directory() -> Path:
+    """Where the plugin keeps its times, below vLLM's cache root."""
+    from vllm import envs
+
+    return Path(envs.VLLM_CACHE_ROOT) / "vllm_gdn_plugin"
+
+
+def gpu() -> str:
+    """The name of this process's GPU, or of the first one where CUDA is not initialised; this does not do it."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return str(current_platform.get_device_name(torch.cuda.current_device() if torch.cuda.is_initialized() else 0))
+
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver; empty where it does not show, as in WSL."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", NVIDIA_DRIVER.read_text())
+    except OSError:
+        return ""
+    return found[0] if found else ""
 
 
 def layer_by_name(layer_name: Any) -> Any:

@@ -12,9 +12,10 @@ from vllm_gdn_plugin import host
 from vllm_gdn_plugin.contract import GDN_CLASSES, check_contract, layer_module
 from vllm_gdn_plugin.decision import decide, refusal
 from vllm_gdn_plugin.overlap import share_no_scratch
-from vllm_gdn_plugin.plan import FUSED, SERIAL, plan
+from vllm_gdn_plugin.plan import AUTO, FUSED, SERIAL, plan
 from vllm_gdn_plugin.report import Refused, ledger, stepping_aside
 from vllm_gdn_plugin.settings import Settings, read_settings, variable
+from vllm_gdn_plugin.tuning import tuner
 from vllm_gdn_plugin.versions import judge_version
 
 
@@ -89,6 +90,7 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
             raise Refused(chosen.reason)
         after_loading = host.after_loading(partial(loaded, settings, platform))
         layer.gdn_max_tokens = settings.max_tokens
+        layer.gdn_tuned = {}
         layer.gdn_safe_pair = share_no_scratch(facts.qkvz.linear_method, facts.ba.linear_method)
         if chosen.strategy == FUSED:
             from vllm_gdn_plugin.fused import FusedProjections
@@ -98,6 +100,8 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
         layer.quant_method = after_loading
         layer.gdn_strategy = chosen.strategy
         ledger.record(layer.prefix, chosen.strategy)
+        if settings.strategy == AUTO and settings.tune:
+            tuner.add(layer, facts)
 
 
 def loaded(settings: Settings, platform: str, layer: Any) -> None:
@@ -113,11 +117,13 @@ def loaded(settings: Settings, platform: str, layer: Any) -> None:
         layer.gdn_strategy = planned
     with stepping_aside(settings, speaks=host.is_first_rank_of_stage) as say:
         ledger.finish(layer.prefix, layer.gdn_strategy)
+        timed = "" if ledger.loading else tuner.run(layer)
         summary = ledger.summary()
         if summary:
             stage = host.pipeline_stage()
             where = "" if stage is None else f" of pipeline stage {stage}"
-            say("info", f"{summary}{where} (platform {platform}, vLLM {host.version()})", again=True)
+            ways = f"; in CUDA graphs {timed}" if timed else ""
+            say("info", f"{summary}{where} (platform {platform}, vLLM {host.version()}){ways}", again=True)
 
 
 def compile_factors(settings: Settings) -> dict[str, Callable[[], Any]]:

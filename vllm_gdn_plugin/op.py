@@ -14,9 +14,14 @@ from vllm.utils.torch_utils import LayerNameType, aux_stream, direct_register_cu
 
 from vllm_gdn_plugin import host
 from vllm_gdn_plugin.overlap import StaysSerial, stays_serial
+from vllm_gdn_plugin.plan import FUSED, SERIAL
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
+
+Overlap = tuple[torch.cuda.Event, torch.cuda.Event, torch.cuda.Stream] | tuple[None, None, None]
+"""The last arguments of ``maybe_execute_in_parallel``: two events and a stream, or none, to run serially."""
+SERIALLY = (None, None, None)
 
 
 def gdn_in_proj(
@@ -40,32 +45,29 @@ def gdn_in_proj(
     own GDN op looks up in the same way. Should anything else fail, the call runs serially, and a line says why once.
     """
     layer = host.layer_by_name(layer_name)
-
-    def qkvz() -> torch.Tensor:
-        return layer.in_proj_qkvz(hidden_states)[0]
-
-    def ba() -> torch.Tensor:
-        return layer.in_proj_ba(hidden_states)[0]
-
-    overlap = fork_and_join(hidden_states, layer)
-    if overlap is None:
-        return qkvz(), ba()
-    return maybe_execute_in_parallel(qkvz, ba, *overlap)  # type: ignore[no-any-return]
+    return project_apart(layer, hidden_states, fork_and_join(layer, hidden_states))
 
 
-def fork_and_join(hidden_states: torch.Tensor, layer: Any) -> tuple[Any, Any, Any] | None:
-    """The two events and the stream of a call that overlaps; None for one that runs serially, also where this fails."""
+def project_apart(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both projections as the layer has them, side by side where ``overlap`` holds a stream."""
+    return maybe_execute_in_parallel(  # type: ignore[no-any-return]
+        lambda: layer.in_proj_qkvz(hidden_states)[0], lambda: layer.in_proj_ba(hidden_states)[0], *overlap
+    )
+
+
+def fork_and_join(layer: Any, hidden_states: torch.Tensor) -> Overlap:
+    """The two events and the stream of a call that overlaps; none for one that runs serially, also where this fails."""
     try:
-        if why_serial(hidden_states, layer) is not None:
-            return None
+        if why_serial(layer, hidden_states) is not None:
+            return SERIALLY
         # Only reached while a graph is captured: events made here cost nothing at replay and are shared with nobody.
         return torch.cuda.Event(), torch.cuda.Event(), aux_stream()
     except Exception as error:
         warn_once("dual_stream failed and runs serially", unexpected(error))
-        return None
+        return SERIALLY
 
 
-def why_serial(hidden_states: torch.Tensor, layer: Any) -> StaysSerial | None:
+def why_serial(layer: Any, hidden_states: torch.Tensor) -> StaysSerial | None:
     """Why this call of the op runs serially, or None when it overlaps."""
     on_cuda = hidden_states.is_cuda and torch.version.hip is None
     return stays_serial(
@@ -75,6 +77,7 @@ def why_serial(hidden_states: torch.Tensor, layer: Any) -> StaysSerial | None:
         breakable_capture=on_cuda and host.breakable_capture(),
         num_tokens=hidden_states.size(0),
         max_tokens=layer.gdn_max_tokens,
+        timed_slower=layer.gdn_tuned.get(hidden_states.size(0)) == SERIAL,
     )
 
 
@@ -89,7 +92,7 @@ def _fake(
 
 
 def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerNameType) -> torch.Tensor:
-    """Project ``hidden_states`` with both weights of the layer in one GEMM.
+    """Project ``hidden_states`` with both weights of the layer in one GEMM, or in two where these were timed as faster.
 
     vLLM drops the guards of its compiled graphs, so what must hold at every call is asked here: should a weight have
     been replaced or moved, the two projections are computed as stock vLLM would, and the reason is logged once.
@@ -107,11 +110,31 @@ def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerN
     fused = layer.gdn_fused
     if not fused.broken:
         reason = fused.why_broken(layer, hidden_states)
+        if reason is None and timed_faster_apart(layer, hidden_states):
+            return project_fused_apart(layer, hidden_states, fork_and_join(layer, hidden_states))
         if reason is None:
             return fused.apply(hidden_states)
         fused.broken = True
         warn_once("a GDN layer goes back to serial, restart to fuse again", reason)
     return fused.apply_serially(layer, hidden_states)
+
+
+def timed_faster_apart(layer: Any, hidden_states: torch.Tensor) -> bool:
+    """Whether this call is captured in a CUDA graph, and two GEMMs were timed to be faster than one in such a graph."""
+    way = layer.gdn_tuned.get(hidden_states.size(0), FUSED)
+    return bool(way != FUSED and torch.cuda.is_current_stream_capturing())
+
+
+def project_fused_apart(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> torch.Tensor:
+    """What one GEMM of a fused layer gives, by two into one result, side by side where ``overlap`` holds a stream."""
+    fused = layer.gdn_fused
+    both, qkvz, ba = fused.result_for(hidden_states)
+    maybe_execute_in_parallel(
+        lambda: torch.mm(hidden_states, fused.qkvz.weight.t(), out=qkvz),
+        lambda: torch.mm(hidden_states, fused.ba.weight.t(), out=ba),
+        *overlap,
+    )
+    return both
 
 
 def _fake_fused(hidden_states: torch.Tensor, size: int, layer_name: LayerNameType) -> torch.Tensor:

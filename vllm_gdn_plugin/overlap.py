@@ -11,6 +11,7 @@ class StaysSerial(Enum):
     NOT_CAPTURING = "outside a CUDA graph, fork and join cost more CPU time than they hide"
     BREAKABLE_CAPTURE = "a breakable CUDA-graph capture cannot record a fork and join across its breaks"
     TOO_MANY_TOKENS = "the batch is larger than VLLM_GDN_PLUGIN_MAX_TOKENS: the wide projection fills the GPU"
+    TIMED_SLOWER = "this GPU was timed to be slower side by side for this number of tokens"
 
 
 def stays_serial(
@@ -21,6 +22,7 @@ def stays_serial(
     breakable_capture: bool,
     num_tokens: int,
     max_tokens: int,
+    timed_slower: bool,
 ) -> StaysSerial | None:
     """The first reason to run this call serially, or None when it may overlap.
 
@@ -37,6 +39,8 @@ def stays_serial(
         return StaysSerial.BREAKABLE_CAPTURE
     if num_tokens > max_tokens:
         return StaysSerial.TOO_MANY_TOKENS
+    if timed_slower:
+        return StaysSerial.TIMED_SLOWER
     return None
 
 

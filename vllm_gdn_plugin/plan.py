@@ -162,6 +162,15 @@ def plan(facts: LayerFacts, request: str) -> Plan:
     return Plan(SERIAL, "; ".join(refusals))
 
 
+def choices(facts: LayerFacts) -> tuple[str, ...]:
+    """The strategies between which ``auto`` may choose by their times, the planned one first; none without CUDA graphs,
+    or where serial is all there is."""
+    if facts.platform != "cuda" or not facts.cuda_graphs:
+        return ()
+    allowed = tuple(strategy for strategy, rules in RULES.items() if all(rule.holds(facts) for rule in rules))
+    return (*allowed, SERIAL) if allowed else ()
+
+
 RULES: dict[str, tuple[Rule, ...]] = {FUSED: FUSED_RULES, DUAL_STREAM: DUAL_STREAM_RULES}
 """What each strategy needs, fastest first: ``auto`` takes the first whose rules all hold."""
 

@@ -57,6 +57,12 @@ class Settings:
     max_tokens: int = _setting(
         DEFAULT_MAX_TOKENS, _count, "dual_stream overlaps batches of up to this many tokens; 0: none"
     )
+    tune: bool = _setting(
+        True,
+        _switch,
+        "1: where the rules leave auto a choice, it times the ways on this GPU at the first start, for the batch sizes"
+        " of vLLM's CUDA graphs; 0: it goes by the rules alone",
+    )
     allow_untested: bool = _setting(False, _switch, "1: try a vLLM newer than the supported range")
     strict: bool = _setting(False, _switch, "1: stop the engine instead of stepping aside")
 

@@ -39,7 +39,9 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[str
         torch.manual_seed(0)
         for i in range(count):
             qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (QKVZ, BA))
-            layer = SimpleNamespace(in_proj_qkvz=qkvz, in_proj_ba=ba, gdn_safe_pair=True, gdn_max_tokens=64)
+            layer = SimpleNamespace(
+                in_proj_qkvz=qkvz, in_proj_ba=ba, gdn_safe_pair=True, gdn_max_tokens=64, gdn_tuned={}
+            )
             layer.gdn_fused = FusedProjections(qkvz, ba)
             known[f"model.layers.{i}"] = layer
         return list(known)
@@ -142,6 +144,30 @@ def test_a_fault_of_ours_in_an_op_is_serial_and_said_once(
     (line,) = warnings
     assert said in line
     assert line.endswith("unexpected ZeroDivisionError: planted 1")
+
+
+@pytest.mark.parametrize("tuned", ["fused", "dual_stream", "serial", None])
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_fused_layer_takes_two_gemms_only_in_a_graph_of_a_size_that_was_timed_so(
+    layers: Callable[[int], list[str]], capturing: bool, tuned: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin import op
+
+    (name,) = layers(1)
+    layer = op.host.layer_by_name(name)
+    layer.gdn_tuned = {TOKENS: tuned} if tuned else {TOKENS + 1: "serial"}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    x = torch.randn(TOKENS, HIDDEN)
+    want = (layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0])
+    apart: list[bool] = []
+    project = op.project_fused_apart
+    monkeypatch.setattr(op, "project_fused_apart", lambda *call: apart.append(True) or project(*call))
+    for one, other in zip(call("fused", name, x), want, strict=True):
+        torch.testing.assert_close(one, other)
+    assert bool(apart) == (capturing and tuned in ("dual_stream", "serial"))
+    layer.in_proj_ba.weight.data = layer.in_proj_ba.weight.data * 2
+    for one, other in zip(call("fused", name, x), (want[0], want[1] * 2), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("projection", ["in_proj_qkvz", "in_proj_ba"])

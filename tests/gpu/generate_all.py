@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-STRATEGIES = ("stock", "dual_stream", "fused")
+STRATEGIES = ("stock", "dual_stream", "fused", "auto")
 
 
 def main() -> None:

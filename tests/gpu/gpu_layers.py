@@ -23,6 +23,7 @@ class Layer:
         self.in_proj_ba = ba
         self.gdn_max_tokens = max_tokens
         self.gdn_safe_pair = True
+        self.gdn_tuned: dict[int, str] = {}
 
 
 def fill(parameter: Any, hidden: int) -> None:

@@ -57,7 +57,7 @@ def test_dual_stream_gives_the_same_bits(generated: Any) -> None:
     assert generated["dual_stream"] == generated["stock"]
 
 
-@pytest.mark.parametrize("strategy", ["fused", "dual_stream"])
+@pytest.mark.parametrize("strategy", ["fused", "dual_stream", "auto"])
 def test_gives_the_same_tokens(generated: Any, strategy: str) -> None:
     """Up to the first step whose two best tokens are closer than rounding: from there on the texts may differ."""
     for found, stock in zip(generated[strategy], generated["stock"], strict=True):
@@ -73,4 +73,5 @@ def test_each_strategy_was_at_work(generated: Any) -> None:
     if generated["mode"] == "eager":
         assert "CUDA graphs are off" in generated["log"]
     else:
+        assert "; in CUDA graphs " in generated["log"], "auto timed the ways"
         assert "dual_stream on 3 of 3 GDN layers (platform cuda" in generated["log"]

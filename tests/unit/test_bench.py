@@ -218,7 +218,7 @@ def test_fused_may_round_otherwise_but_not_worse(computed: Any) -> None:
 
 @needs_torch
 def test_every_round_has_every_strategy_and_the_order_changes() -> None:
-    from vllm_gdn_plugin.bench.timing import interleaved
+    from vllm_gdn_plugin.timing import interleaved
 
     orders = interleaved(list("abcd"), 20)
     assert all(sorted(order) == list("abcd") for order in orders)

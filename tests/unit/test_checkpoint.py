@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
-from vllm_gdn_plugin.check import check_elsewhere, with_model
+from vllm_gdn_plugin import host
+from vllm_gdn_plugin.check import Report, check_elsewhere, with_model
 from vllm_gdn_plugin.checkpoint import Unreadable, read_groups
+from vllm_gdn_plugin.tuning import case_of, keep
 
 TEXT = {
     "model_type": "qwen3_5_text",
@@ -127,3 +129,41 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, content: str | 
     with pytest.raises(Unreadable, match=says) as raised:
         read_groups(str(tmp_path), size, "cuda", "auto")
     assert "\n" not in str(raised.value)
+
+
+TO_COME = "; in CUDA graphs fused, dual_stream or serial, to be timed on this GPU at the first start"
+EARLIER = "; in CUDA graphs dual_stream at 1 to 8 tokens, fused at 16 tokens (timed at an earlier start)"
+
+
+@pytest.mark.parametrize(
+    ("variables", "platform", "gpu", "told"),
+    [
+        ({}, "cuda", "NVIDIA H200", EARLIER),
+        ({"MAX_TOKENS": "8"}, "cuda", "NVIDIA H200", EARLIER.replace(", fused at 16 tokens", "")),
+        ({"MAX_TOKENS": "0"}, "cuda", "NVIDIA H200", TO_COME.replace("fused, dual_stream", "fused")),
+        ({}, "cuda", "NVIDIA L4", TO_COME),
+        ({"TUNE": "0"}, "cuda", "NVIDIA H200", ""),
+        ({"STRATEGY": "dual_stream"}, "cuda", "NVIDIA H200", ""),
+        ({}, None, None, ""),
+    ],
+)
+def test_what_this_gpu_was_timed_to_do_best_is_told(
+    model: Any,
+    tmp_path: Path,
+    variables: dict[str, str],
+    platform: str | None,
+    gpu: str | None,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torch", reason="torch isn't installed: its version is a part of what times are kept for")
+    for name, value in {"driver": "580.1", "version": "0.32.0", "tuning_directory": tmp_path / "times"}.items():
+        monkeypatch.setattr(host, name, lambda value=value: value)
+    (group,) = read_groups(model(), 1, "cuda", "auto")
+    fast, slow = {"fused": 2.0, "dual_stream": 1.0, "serial": 3.0}, {"fused": 1.0, "dual_stream": 2.0, "serial": 3.0}
+    keep(case_of(group.facts, 4096, "NVIDIA H200"), {1: fast, 8: fast, 16: slow}, tmp_path / "times")
+    for name, text in variables.items():
+        monkeypatch.setenv(f"VLLM_GDN_PLUGIN_{name}", text)
+    report = with_model(Report("active", "", "auto", platform=platform, device=gpu), model(), 1)
+    (line,) = report.model
+    assert line.endswith(group.plan.reason + told if "STRATEGY" not in variables else "holds")

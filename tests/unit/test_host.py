@@ -149,3 +149,40 @@ def test_a_package_without_a_directory_is_no_vllm(ours: Any, plugin: Any) -> Non
     importlib.invalidate_caches()
     with pytest.raises(ModuleNotFoundError, match="vllm"):
         ours.package_directory()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes"),
+    [
+        ({}, (1, 2)),
+        ({"compilation_config.cudagraph_capture_sizes": None}, ()),
+        ({"compilation_config.cudagraph_capture_sizes": []}, ()),
+        ({"model_config.enable_sleep_mode": True}, ()),
+        ({"model_config.enable_cumem_allocator": True}, ()),
+    ],
+    ids=str,
+)
+def test_the_captured_sizes(ours: Any, plugin: Any, changes: dict[str, Any], sizes: tuple[int, ...]) -> None:
+    seen(ours, plugin, **{"config.compilation_config.cudagraph_capture_sizes": [1, 2]})
+    seen(ours, plugin, **{f"config.{path}": value for path, value in changes.items()})
+    assert ours.captured_sizes() == sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build\nGCC version: 13.3.0\n",
+            "580.159.04",
+        ),
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82  Wed", "470.82"),
+        ("", ""),
+        (None, ""),
+    ],
+)
+def test_the_driver(ours: Any, tmp_path: Any, text: str | None, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "version"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(ours, "NVIDIA_DRIVER", file)
+    assert ours.driver() == version

@@ -422,6 +422,33 @@ def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monk
     assert "dual_stream" in plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"]
 
 
+@pytest.mark.parametrize(
+    ("variables", "timed"),
+    [({}, True), ({"TUNE": "0"}, False), ({"STRATEGY": "dual_stream"}, False), ({"STRATEGY": "fused"}, False)],
+    ids=str,
+)
+def test_auto_chooses_by_time_and_what_is_asked_for_by_name_does_not(
+    plugin: Any, variables: dict[str, str], timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added: list[Any] = []
+    tuner = SimpleNamespace(
+        add=lambda layer, facts: added.append((layer, facts)), run=lambda last: "words" if last is layers[-1] else None
+    )
+    monkeypatch.setattr(plugin.install, "tuner", tuner)
+    for name, text in variables.items():
+        monkeypatch.setenv(f"VLLM_GDN_PLUGIN_{name}", text)
+    plugin.register()
+    layers = [plugin.import_gdn()(f"layers.{i}") for i in range(2)]
+    assert [layer for layer, _ in added] == (layers if timed else [])
+    assert all(layer.gdn_tuned == {} for layer in layers if layer.gdn_strategy != "serial")
+    assert all(facts.qkvz.output_size == 6 for _, facts in added)
+    if variables != {"STRATEGY": "fused"}:  # whose weights do not lie on one device here
+        for layer in layers:
+            layer.quant_method.process_weights_after_loading(layer)
+        ((_, message),) = plugin.said
+        assert message.endswith("(platform cuda, vLLM 0.32.0); in CUDA graphs words")
+
+
 IN_PLACE = {
     (True, True): ([("info", "fused on 2 of 2 GDN layers")], "fused "),
     (True, False): ([("warning", "the loader replaced a weight"), ("info", "fused on 1 of 2 GDN layers")], "fused "),
@@ -678,7 +705,7 @@ def test_every_setting_and_the_plugin_itself_are_part_of_the_compile_cache_key(
     bare = key()
     assert set(bare) == {"VLLM_OWN", "VLLM_GDN_PLUGIN", *map(variable, vars(Settings()))}
     assert bare["VLLM_GDN_PLUGIN"] == f"{vllm_gdn_plugin.__version__} stock"
-    others = {"strategy": "dual_stream", "max_tokens": "7", "allow_untested": "1", "strict": "1"}
+    others = {"strategy": "dual_stream", "max_tokens": "7", "tune": "0", "allow_untested": "1", "strict": "1"}
     assert others.keys() == vars(Settings()).keys()
     for name, text in others.items():
         assert [n for n, value in key(**{name: text}).items() if value != bare[n]] == [variable(name)]

@@ -19,6 +19,7 @@ OVERLAPS: dict[str, Any] = {
     "breakable_capture": False,
     "num_tokens": 8,
     "max_tokens": 8,
+    "timed_slower": False,
 }
 SERIAL: dict[StaysSerial, dict[str, Any]] = {
     StaysSerial.NO_AUX_STREAM: {"aux_stream": False},
@@ -26,6 +27,7 @@ SERIAL: dict[StaysSerial, dict[str, Any]] = {
     StaysSerial.NOT_CAPTURING: {"capturing": False},
     StaysSerial.BREAKABLE_CAPTURE: {"breakable_capture": True},
     StaysSerial.TOO_MANY_TOKENS: {"num_tokens": 9},
+    StaysSerial.TIMED_SLOWER: {"timed_slower": True},
 }
 
 

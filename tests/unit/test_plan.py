@@ -16,6 +16,7 @@ from vllm_gdn_plugin.plan import (
     STRATEGIES,
     LayerFacts,
     ProjectionFacts,
+    choices,
     plan,
     platform_plan,
 )
@@ -174,3 +175,16 @@ def test_any_layer_gets_the_first_strategy_whose_rules_all_hold(facts: LayerFact
     assert chosen.reason
     assert "\n" not in chosen.reason
     assert chosen.strategy == SERIAL or not facts.lora
+
+
+@given(RANDOM | NEAR)
+def test_auto_chooses_by_time_between_what_the_rules_allow_and_serial(facts: LayerFacts) -> None:
+    """Only in CUDA graphs, where there is a plan at all; the planned strategy comes first."""
+    planned = plan(facts, AUTO).strategy
+    ways = choices(facts)
+    if planned == SERIAL or not facts.cuda_graphs:
+        assert ways == ()
+    else:
+        assert (ways[0], ways[-1]) == (planned, SERIAL)
+        assert all(plan(facts, way).strategy == way for way in ways)
+        assert (DUAL_STREAM in ways) == (plan(facts, DUAL_STREAM).strategy == DUAL_STREAM)

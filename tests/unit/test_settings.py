@@ -13,12 +13,14 @@ NAMES = [f.name for f in fields(Settings)]
 GOOD: dict[str, list[tuple[str, Any]]] = {
     "strategy": [(text, text.strip().lower()) for r in REQUESTS for text in (r, r.upper(), f" {r}\n")],
     "max_tokens": [("0", 0), ("1", 1), (" 64 ", 64), ("007", 7), ("999999999", 999_999_999)],
+    "tune": [("1", True), ("on", True), ("0", False), ("NO", False)],
     "allow_untested": [("1", True), ("true", True), (" 1 ", True), ("0", False), ("False", False), ("no", False)],
     "strict": [("1", True), ("YES", True), ("On", True), ("0", False), ("OFF", False), ("off ", False)],
 }
 BAD = {
     "strategy": ["fast", "dual-stream", "auto,serial", "1", "\0", "\N{SNOWMAN}"],
     "max_tokens": ["-1", "+1", "1.5", "1e3", "1_000", "0x10", "\N{ARABIC-INDIC DIGIT THREE}", "1000000000", "many"],
+    "tune": ["auto", "5"],
     "allow_untested": ["2", "yess", "None", "1 0"],
     "strict": ["-1", "y", "TRUE!"],
 }

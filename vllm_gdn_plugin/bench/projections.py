@@ -12,8 +12,9 @@ from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 from vllm_gdn_plugin.bench.results import Point, Run
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections
-from vllm_gdn_plugin.bench.timing import CpuTimer, CudaTimer, Timer
+from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
 from vllm_gdn_plugin.bench.verify import Outputs, verify
+from vllm_gdn_plugin.timing import CudaTimer
 
 SEED = 0
 

@@ -1,0 +1,137 @@
+"""The ways to run a layer, timed on this GPU: each is right, and the op takes the one that was chosen."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu_layers import SHAPES
+from test_dual_stream import capture, context, quantized
+
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL, LayerFacts, ProjectionFacts
+
+SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+TOLERANCE = 1.05
+"""As in test_fused.py."""
+LEFT_BEHIND = 80 * 2**20
+"""Bytes: cuBLAS's workspaces for two streams (32 MiB each on Hopper), which PyTorch keeps, and a little."""
+
+
+def facts(layer: Any) -> LayerFacts:
+    projections = [
+        ProjectionFacts(type(linear.quant_method).__name__, "bfloat16", linear.output_size_per_partition)
+        for linear in (layer.in_proj_qkvz, layer.in_proj_ba)
+    ]
+    return LayerFacts("cuda", *projections, "bfloat16")
+
+
+@pytest.fixture
+def make_layers(make_layer: Callable[..., Any]) -> Callable[..., list[Any]]:
+    """As many layers of a shape as asked for, fused or not as ``auto`` plans them."""
+
+    def make(count: int, shape: tuple[int, int, int], quantization: str = "none") -> list[Any]:
+        from vllm_gdn_plugin.fused import FusedProjections
+
+        layers = [make_layer(shape, quant_config=quantized(quantization)) for _ in range(count)]
+        for layer in layers:
+            layer.gdn_strategy = FUSED if quantization == "none" else DUAL_STREAM
+            if layer.gdn_strategy == FUSED:
+                layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+        return layers
+
+    return make
+
+
+def fused_op(layer: Any, hidden_states: Any) -> Any:
+    import torch
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    import vllm_gdn_plugin.op  # noqa: F401
+
+    fused = layer.gdn_fused
+    return torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(
+        hidden_states, sum(fused.sizes) + fused.padding, _encode_layer_name(layer.prefix)
+    )
+
+
+@pytest.mark.parametrize("way", [DUAL_STREAM, SERIAL])
+@pytest.mark.parametrize("tensor_parallel_size", [1, 4])
+@pytest.mark.parametrize("model", SHAPES)
+def test_a_fused_layer_in_two_gemms_is_as_exact_as_serial(
+    make_layers: Callable[..., list[Any]], vllm_config: Any, model: str, tensor_parallel_size: int, way: str
+) -> None:
+    import torch
+
+    hidden, qkvz, ba = SHAPES[model]
+    sizes = [qkvz // tensor_parallel_size, ba // tensor_parallel_size]
+    (layer,) = make_layers(1, (hidden, *sizes))
+    exact_weight = torch.cat([layer.in_proj_qkvz.weight, layer.in_proj_ba.weight]).double()
+    layer.gdn_tuned = dict.fromkeys(SIZES, way)
+    for tokens in (*SIZES, 3):
+        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
+        with context(vllm_config):
+            one_gemm = fused_op(layer, x)
+            graph, captured = capture(lambda x=x: fused_op(layer, x))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(one_gemm, layer.gdn_fused.apply(x)), "outside a graph there is one GEMM"
+        if tokens not in layer.gdn_tuned:
+            assert torch.equal(captured, one_gemm)
+        exact = (x.double() @ exact_weight.T).split(sizes, dim=-1)
+        stock = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
+        for got, two, want in zip(captured.split([*sizes, layer.gdn_fused.padding], -1), stock, exact, strict=False):
+            error, allowed = (got - want).norm(), (two - want).norm()
+            assert error <= TOLERANCE * allowed, f"{tokens} tokens: {error} against {allowed}"
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_the_tuner_times_chooses_and_remembers(
+    make_layers: Callable[..., list[Any]],
+    vllm_config: Any,
+    quantization: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from vllm_gdn_plugin import host
+    from vllm_gdn_plugin.tuning import Tuner
+
+    monkeypatch.setattr(host, "tuning_directory", lambda: tmp_path)
+    monkeypatch.setattr(vllm_config.compilation_config, "cudagraph_capture_sizes", SIZES)
+    layers = make_layers(6, SHAPES["27B"], quantization)
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    free, _ = torch.cuda.mem_get_info()
+    random = torch.cuda.get_rng_state()
+    tuner, phrases = Tuner(), []
+    for _ in range(2):
+        for layer in layers:
+            layer.gdn_tuned = {}
+            tuner.add(layer, facts(layer))
+        phrases.append(tuner.run(layers[-1]))
+        assert all(layer.gdn_tuned.keys() == set(SIZES) for layer in layers)
+    print(*phrases, *(file.read_text() for file in tmp_path.iterdir()), sep="\n")
+    assert "(timed in " in phrases[0]
+    assert phrases[1] == phrases[0].partition(" (")[0] + " (timed at an earlier start)"
+    torch.cuda.empty_cache()
+    torch.cuda.synchronize()
+    assert torch.equal(torch.cuda.get_rng_state(), random), "or the engine would sample other tokens than stock"
+    assert free - torch.cuda.mem_get_info()[0] <= LEFT_BEHIND
+
+
+def test_dual_stream_that_was_timed_as_slower_runs_serially_in_a_graph(
+    make_layers: Callable[..., list[Any]], vllm_config: Any
+) -> None:
+    import torch
+
+    from vllm_gdn_plugin.op import why_serial
+    from vllm_gdn_plugin.overlap import StaysSerial
+
+    (layer,) = make_layers(1, SHAPES["35B-A3B"], "fp8")
+    layer.gdn_tuned = {4: SERIAL, 8: DUAL_STREAM}
+    found: dict[int, Any] = {}
+    for tokens in (2, 4, 8):
+        x = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
+        capture(lambda x=x: found.update({len(x): why_serial(layer, x)}) or x + 1)
+    assert found == {2: None, 4: StaysSerial.TIMED_SLOWER, 8: None}

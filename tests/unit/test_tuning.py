@@ -1,0 +1,318 @@
+"""What is made of the times of a GPU. The times themselves are taken in tests/gpu."""
+
+from __future__ import annotations
+
+import json
+import sys
+import weakref
+from dataclasses import fields, replace
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_gdn_plugin import host, tuning
+from vllm_gdn_plugin.overlap import UNQUANTIZED
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL, LayerFacts, ProjectionFacts
+from vllm_gdn_plugin.tuning import MARGIN, Case, Times, Tuner, case_of, described, fastest, keep, recall
+
+BF16 = ProjectionFacts(UNQUANTIZED, "bfloat16", 12288)
+BA = replace(BF16, output_size=64)
+FACTS = LayerFacts("cuda", BF16, BA, "bfloat16")
+ALL = (FUSED, DUAL_STREAM, SERIAL)
+CASE = Case("NVIDIA H200", "580.1", "2.11.0", "0.26.0", "0.1.0", 2048, BF16, BA, ALL)
+OTHER: dict[str, Any] = {
+    "gpu": "NVIDIA H100",
+    "driver": "",
+    "torch": "2.13.0",
+    "vllm": "0.27.0",
+    "plugin": "0.2.0",
+    "hidden_size": 4096,
+    "qkvz": replace(BF16, output_size=3072),
+    "ba": replace(BA, dtype="float16"),
+    "ways": (FUSED, SERIAL),
+}
+
+
+def at(fused: float, dual_stream: float, serial: float) -> dict[str, float]:
+    return {FUSED: fused, DUAL_STREAM: dual_stream, SERIAL: serial}
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "ways", "chosen"),
+    [
+        (at(44.07, 41.70, 48.57), ALL, DUAL_STREAM),
+        (at(16.89, 20.59, 22.35), ALL, FUSED),
+        (at(12, 11, 10), ALL, SERIAL),
+        (at(100, 99.5, 99.9), ALL, FUSED),
+        (at(100, 98.5, 98.7), ALL, DUAL_STREAM),
+        (at(0, 20, 19), (DUAL_STREAM, SERIAL), SERIAL),
+        (at(0, 20, 19.9), (DUAL_STREAM, SERIAL), DUAL_STREAM),
+    ],
+)
+def test_the_planned_way_is_kept_unless_another_is_clearly_faster(
+    microseconds: dict[str, float], ways: tuple[str, ...], chosen: str
+) -> None:
+    assert fastest({8: microseconds}, ways) == {8: chosen}
+
+
+@given(st.dictionaries(st.integers(1, 512), st.builds(at, *[st.floats(1, 1e4)] * 3)))
+def test_nothing_chosen_is_slower_than_serial_beyond_the_margin(times: Times) -> None:
+    chosen = fastest(times, ALL)
+    assert chosen.keys() == times.keys()
+    for tokens, way in chosen.items():
+        assert times[tokens][way] * (1 - MARGIN) <= min(times[tokens].values())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [
+        ({1: FUSED}, "fused at 1 token"),
+        ({512: FUSED}, "fused at 512 tokens"),
+        ({4: DUAL_STREAM, 1: DUAL_STREAM, 8: FUSED}, "dual_stream at 1 to 4 tokens, fused at 8 tokens"),
+        ({1: FUSED, 2: SERIAL, 4: FUSED, 8: FUSED}, "fused at 1 token, serial at 2 tokens, fused at 4 to 8 tokens"),
+    ],
+)
+def test_a_choice_is_described_by_runs(chosen: dict[int, str], text: str) -> None:
+    assert described(chosen) == text
+
+
+TIMES: Times = {1: at(3, 2, 4), 64: at(5.5, 6, 7)}
+
+
+def test_times_are_kept_for_their_case_alone(tmp_path: Path) -> None:
+    directory = tmp_path / "not" / "yet"
+    assert recall(CASE, directory) == {}
+    keep(CASE, TIMES, directory)
+    assert recall(CASE, directory) == TIMES
+    assert [file.suffix for file in directory.iterdir()] == [".json"], "nothing unfinished is left"
+    assert OTHER.keys() == {field.name for field in fields(Case)}
+    for name, value in OTHER.items():
+        other = replace(CASE, **{name: value})
+        assert recall(other, directory) == {}
+        CASE.file(directory).replace(other.file(directory))  # as if the names of two cases were one
+        assert recall(other, directory) == {}
+        other.file(directory).replace(CASE.file(directory))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: "",
+        lambda kept: kept[:-9],
+        lambda kept: "[]",
+        lambda kept: "null",
+        lambda kept: kept.replace('"case"', '"cause"'),
+        lambda kept: kept.replace('"fused": 3', '"fussed": 3'),
+        lambda kept: kept.replace('"fused": 3', '"fused": "fast"'),
+        lambda kept: kept.replace('"1"', '"one"'),
+        lambda kept: kept.replace('"microseconds": {', '"microseconds": 5, "more": {'),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_as_none(tmp_path: Path, damage: Any) -> None:
+    keep(CASE, TIMES, tmp_path)
+    (file,) = tmp_path.iterdir()
+    damaged = damage(file.read_text())
+    assert damaged != file.read_text()
+    file.write_text(damaged)
+    assert recall(CASE, tmp_path) == {}
+    file.unlink()
+    file.mkdir()
+    assert recall(CASE, tmp_path) == {}
+
+
+class Layer:
+    def __init__(self, prefix: str, strategy: str, max_tokens: int) -> None:
+        self.prefix, self.gdn_strategy, self.gdn_max_tokens = prefix, strategy, max_tokens
+        self.gdn_tuned: dict[int, str] = {}
+        self.in_proj_qkvz = SimpleNamespace(input_size=2048)
+
+
+class Engine:
+    """A tuner in an engine that captures ``sizes``, on a GPU that takes ``takes`` for everything."""
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: tuple[int, ...] = (4, 1, 2)
+        self.takes = at(3, 2, 4)
+        self.timed: list[tuple[list[Any], Case, list[int]]] = []
+        self.said: list[tuple[str, str]] = []
+        self.tuner = Tuner()
+        ways = ModuleType("vllm_gdn_plugin.ways")
+        ways.timed = self._time  # type: ignore[attr-defined]
+        torch = ModuleType("torch")
+        torch.__version__ = "2.11.0"  # type: ignore[attr-defined]
+        for module in (ways, torch):
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        for name, value in {
+            "captured_sizes": lambda: self.sizes,
+            "gpu": lambda: "NVIDIA H200",
+            "driver": lambda: "580.1",
+            "version": lambda: "0.26.0",
+            "tuning_directory": lambda: directory,
+        }.items():
+            monkeypatch.setattr(host, name, value)
+        monkeypatch.setattr(tuning, "warn_once", lambda *line: self.said.append(line))
+
+    def _time(self, layers: list[Any], case: Case, sizes: list[int]) -> Times:
+        self.timed.append((layers, case, sizes))
+        return dict.fromkeys(sizes, self.takes)
+
+    def layers(self, count: int, facts: LayerFacts = FACTS, max_tokens: int = 1024) -> list[Any]:
+        strategy = FUSED if facts.qkvz.linear_method == UNQUANTIZED else DUAL_STREAM
+        made = [Layer(f"{strategy}.{i}", strategy, max_tokens) for i in range(count)]
+        for layer in made:
+            self.tuner.add(layer, facts)
+        return made
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    return Engine(tmp_path, monkeypatch)
+
+
+def test_loaded_layers_are_timed_once_and_all_get_the_choice(engine: Engine, tmp_path: Path) -> None:
+    layers = engine.layers(3)
+    phrase = engine.tuner.run(layers[-1])
+    ((ready, case, sizes),) = engine.timed
+    assert ready == layers[:2], "the projections of the last layer are not yet processed"
+    assert (case, sizes) == (replace(CASE, plugin=case.plugin), [1, 2, 4])
+    assert all(layer.gdn_tuned == {1: DUAL_STREAM, 2: DUAL_STREAM, 4: DUAL_STREAM} for layer in layers)
+    assert phrase.startswith("dual_stream at 1 to 4 tokens (timed in ")
+    assert recall(case, tmp_path) == dict.fromkeys((1, 2, 4), engine.takes)
+    assert engine.tuner.run(layers[-1]) == "", "a reload times nothing"
+    assert len(engine.timed) == 1
+    assert engine.said == []
+
+
+def test_the_next_start_times_only_what_is_new(engine: Engine) -> None:
+    first = engine.layers(2)
+    engine.tuner.run(first[-1])
+    again = engine.layers(2)
+    assert engine.tuner.run(again[-1]) == "dual_stream at 1 to 4 tokens (timed at an earlier start)"
+    assert again[0].gdn_tuned == first[0].gdn_tuned
+    engine.sizes, engine.takes = (1, 8, 16), at(2, 3, 4)
+    layers = engine.layers(2)
+    phrase = engine.tuner.run(layers[-1])
+    assert [sizes for *_, sizes in engine.timed] == [[1, 2, 4], [8, 16]]
+    assert layers[0].gdn_tuned == {1: DUAL_STREAM, 8: FUSED, 16: FUSED}, "2 and 4 are not captured this time"
+    assert phrase.startswith("dual_stream at 1 token, fused at 8 to 16 tokens (timed in ")
+
+
+def test_what_cannot_be_timed_in_its_time_stays_planned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["vllm_gdn_plugin.ways"], "timed", lambda *case: {1: engine.takes})
+    layers = engine.layers(2)
+    engine.tuner.run(layers[-1])
+    assert layers[0].gdn_tuned == {1: DUAL_STREAM}
+
+
+def test_layers_of_two_kinds_are_timed_apart(engine: Engine) -> None:
+    fp8 = replace(FACTS, qkvz=replace(BF16, linear_method="Fp8LinearMethod"))
+    one, two = engine.layers(2), engine.layers(2, fp8)
+    phrase = engine.tuner.run(two[-1])
+    assert [(layers, case.ways) for layers, case, _ in engine.timed] == [
+        (one, ALL),
+        (two[:1], (DUAL_STREAM, SERIAL)),
+    ]
+    assert phrase.count("timed in") == 2
+
+
+def test_a_layer_that_went_back_to_serial_is_left_alone(engine: Engine) -> None:
+    layers = engine.layers(3)
+    layers[0].gdn_strategy = SERIAL
+    engine.tuner.run(layers[-1])
+    assert engine.timed[0][0] == layers[1:2]
+    assert [bool(layer.gdn_tuned) for layer in layers] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("facts", "sizes", "max_tokens", "timed"),
+    [
+        (FACTS, (1, 2, 4), 2, [1, 2]),
+        (FACTS, (), 1024, None),
+        (FACTS, (8, 16), 2, None),
+        (replace(FACTS, cuda_graphs=False), (1, 2), 1024, None),
+        (replace(FACTS, platform="cpu"), (1, 2), 1024, None),
+    ],
+    ids=["some sizes are too large", "no captured sizes", "all are too large", "no CUDA graphs", "a CPU"],
+)
+def test_only_what_can_be_chosen_is_timed(
+    engine: Engine, facts: LayerFacts, sizes: tuple[int, ...], max_tokens: int, timed: list[int] | None
+) -> None:
+    engine.sizes = sizes
+    layers = engine.layers(2, facts, max_tokens)
+    engine.tuner.run(layers[-1])
+    assert [sizes for *_, sizes in engine.timed] == ([] if timed is None else [timed])
+
+
+def test_an_engine_that_failed_to_load_is_neither_kept_nor_timed(engine: Engine) -> None:
+    failed = engine.layers(5)
+    still_there = failed.pop(0)
+    gone = weakref.ref(failed[-1])
+    failed.clear()
+    assert gone() is None
+    layers = engine.layers(3)
+    engine.tuner.run(layers[-1])
+    ((ready, *_),) = engine.timed
+    assert ready == layers[:2]
+    assert still_there.gdn_tuned == {}
+
+
+def test_one_layer_alone_is_not_timed(engine: Engine) -> None:
+    (layer,) = engine.layers(1)
+    assert engine.tuner.run(layer) == ""
+    assert (engine.timed, engine.said, layer.gdn_tuned) == ([], [], {})
+
+
+@pytest.mark.parametrize("step", ["captured_sizes", "gpu", "tuning_directory", "timed"])
+def test_whatever_fails_the_plan_stands_and_a_line_says_why(
+    engine: Engine, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(sys.modules["vllm_gdn_plugin.ways"] if step == "timed" else host, step, fail)
+    layers = engine.layers(2)
+    assert engine.tuner.run(layers[-1]) == ""
+    assert all(layer.gdn_tuned == {} for layer in layers)
+    assert set(engine.said) == {(tuning.UNTIMED, "unexpected ZeroDivisionError: planted")}
+
+
+def test_a_directory_that_cannot_be_written_costs_the_next_start_its_times(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.joinpath("file").touch()
+    monkeypatch.setattr(host, "tuning_directory", lambda: tmp_path / "file" / "below")
+    layers = engine.layers(2)
+    assert engine.tuner.run(layers[-1])
+    assert layers[0].gdn_tuned
+    ((what, _),) = engine.said
+    assert "not kept for the next start" in what
+
+
+def test_ranks_that_keep_their_times_at_once_leave_a_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each writes a file of its own and puts it in place in one step."""
+    written: list[Path] = []
+    write = Path.write_text
+
+    def record(self: Path, text: str, **how: Any) -> int:
+        written.append(self)
+        return write(self, text, **how)
+
+    monkeypatch.setattr(Path, "write_text", record)
+    for pid in (11, 12):
+        monkeypatch.setattr(tuning.os, "getpid", lambda pid=pid: pid)
+        keep(CASE, TIMES, tmp_path)
+    assert all(one != other for one, other in pairwise([*written, CASE.file(tmp_path)]))
+    assert json.loads(CASE.file(tmp_path).read_text())["microseconds"]["64"] == TIMES[64]
+
+
+def test_the_case_of_a_layer_is_the_one_that_check_asks_for(engine: Engine) -> None:
+    layers = engine.layers(2)
+    engine.tuner.run(layers[-1])
+    assert engine.timed[0][1] == case_of(FACTS, 2048, "NVIDIA H200")

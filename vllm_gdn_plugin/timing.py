@@ -1,0 +1,62 @@
+"""How GPU work is timed: captured in a CUDA graph, as the engine does, and replayed between two events."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+
+WARM_UP_ROUNDS = 3
+
+Result = TypeVar("Result")
+
+
+def interleaved(names: list[str], rounds: int, seed: int = 0) -> list[list[str]]:
+    """The order within each round: shuffled, so that none always follows the same other."""
+    generator = random.Random(seed)
+    return [generator.sample(names, len(names)) for _ in range(rounds)]
+
+
+class CudaTimer:
+    """Captures the work in one CUDA graph and times its replay with events."""
+
+    min_layers = 16
+    """A graph costs the GPU a microsecond or two to start: this many layers share it."""
+
+    def __init__(self) -> None:
+        self.aux_stream = torch.cuda.Stream()
+        self.capture_stream = torch.cuda.Stream()
+
+    def prepare(self, work: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
+        """(what is timed, the result of one run of it)."""
+        self.capture_stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.capture_stream):
+            work()  # kernels are chosen and compiled, and workspaces allocated, outside the capture
+            torch.cuda.synchronize()
+            # Other threads of a host may use the GPU meanwhile. torch.cuda.graph would also collect garbage each time.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.replay, result
+
+    def measure(self, prepared: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+        """Microseconds of each, by name, one value a round."""
+        # All is enqueued at once, so that the GPU never waits for the CPU between two events.
+        marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in prepared}
+        for order in interleaved(list(prepared), WARM_UP_ROUNDS + rounds):
+            for name in order:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                prepared[name]()
+                end.record()
+                marks[name].append((start, end))
+        torch.cuda.synchronize()
+        return {
+            name: [start.elapsed_time(end) * 1e3 for start, end in pairs[WARM_UP_ROUNDS:]]
+            for name, pairs in marks.items()
+        }

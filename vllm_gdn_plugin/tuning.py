@@ -1,0 +1,176 @@
+"""Which way is the fastest for each number of tokens, by the times of this very GPU, and where those are kept.
+
+``auto`` plans a layer by rules. Where these leave a choice, the ways to run the layer are timed once for each batch
+size for which vLLM captures a CUDA graph (:mod:`vllm_gdn_plugin.ways`), and the times are kept for the next start.
+"""
+
+import hashlib
+import json
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import vllm_gdn_plugin
+from vllm_gdn_plugin import host
+from vllm_gdn_plugin.plan import LayerFacts, ProjectionFacts, choices
+from vllm_gdn_plugin.report import unexpected, warn_once
+
+Times = dict[int, dict[str, float]]
+"""Microseconds for one layer, by number of tokens and by strategy."""
+
+MARGIN = 0.01
+"""Share of its time by which another way has to beat the planned one: what tells apart less is noise."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the times depend on: the GPU, the versions, and layers of this shape and precision."""
+
+    gpu: str
+    driver: str
+    torch: str
+    vllm: str
+    plugin: str
+    hidden_size: int
+    qkvz: ProjectionFacts
+    ba: ProjectionFacts
+    ways: tuple[str, ...]
+    """The strategies to choose from, the planned one first."""
+
+    def file(self, directory: Path) -> Path:
+        """Where the times of this case are kept below ``directory``."""
+        return directory / f"{hashlib.sha256(repr(self).encode()).hexdigest()[:24]}.json"
+
+
+def case_of(facts: LayerFacts, hidden_size: int, gpu: str) -> Case:
+    """The case of a layer with these facts on the GPU of that name, with the installed versions."""
+    import torch
+
+    return Case(
+        gpu,
+        host.driver(),
+        str(torch.__version__),
+        host.version(),
+        vllm_gdn_plugin.__version__,
+        hidden_size,
+        facts.qkvz,
+        facts.ba,
+        choices(facts),
+    )
+
+
+def fastest(times: Times, ways: tuple[str, ...]) -> dict[int, str]:
+    """The strategy for each number of tokens: the first of ``ways`` unless another is faster beyond :data:`MARGIN`."""
+    planned = ways[0]
+    chosen = {}
+    for tokens, microseconds in sorted(times.items()):
+        best = min(ways, key=microseconds.__getitem__)
+        chosen[tokens] = best if microseconds[best] < microseconds[planned] * (1 - MARGIN) else planned
+    return chosen
+
+
+def described(chosen: Mapping[int, str]) -> str:
+    """``dual_stream at 1 to 64 tokens, fused at 72 to 512``."""
+    runs = [
+        (way, [tokens for tokens, _ in run]) for way, run in groupby(sorted(chosen.items()), key=lambda one: one[1])
+    ]
+    return ", ".join(f"{way} at {_span(run)} token{'' if run == [1] else 's'}" for way, run in runs)
+
+
+def _span(run: list[int]) -> str:
+    return f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0])
+
+
+def recall(case: Case, directory: Path) -> Times:
+    """The times that were kept for this case; none where there is no file, or one that cannot be used."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        kept = json.loads(case.file(directory).read_text(encoding="utf-8"))
+        if kept["case"] == json.loads(json.dumps(asdict(case))):
+            return {
+                int(tokens): {way: float(microseconds[way]) for way in case.ways}
+                for tokens, microseconds in kept["microseconds"].items()
+            }
+    return {}
+
+
+def keep(case: Case, times: Times, directory: Path) -> None:
+    """Keep the times for the next start, also while other ranks do the same. Raises OSError."""
+    file = case.file(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps({"case": asdict(case), "microseconds": times}, indent=1), encoding="utf-8")
+    unfinished.replace(file)
+
+
+UNTIMED = "the ways to run the layers were not timed, auto goes by its rules alone"
+
+
+class Tuner:
+    """The layers of an engine for which the rules leave a choice, until they are loaded."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, tuple[Callable[[], Any], Case, list[int]]] = {}
+        """By name of the layer, which is only referred to: an engine that failed to load must not be kept in memory."""
+
+    def add(self, layer: Any, facts: LayerFacts) -> None:
+        """A layer has been planned by ``auto``."""
+        try:
+            sizes = sorted(n for n in host.captured_sizes() if n <= layer.gdn_max_tokens)
+            if sizes and choices(facts):
+                case = case_of(facts, layer.in_proj_qkvz.input_size, host.gpu())
+                self.waiting[layer.prefix] = (weakref.ref(layer), case, sizes)
+        except Exception as error:
+            warn_once(UNTIMED, unexpected(error))
+
+    def run(self, last: Any) -> str:
+        """Give every layer that was added ``gdn_tuned``, its strategies by number of tokens, and say in a phrase what
+        they are. Where timing fails the layers stay as planned, and a line says why.
+
+        ``last`` is the layer whose loading is about to end: vLLM comes to a layer before its projections, so only the
+        others' weights are as they will be used.
+        """
+        waiting, self.waiting = [(layer(), *rest) for layer, *rest in self.waiting.values()], {}
+        phrases = []
+        for case in dict.fromkeys(case for _, case, _ in waiting):
+            alike = [(layer, sizes) for layer, its_case, sizes in waiting if its_case == case and layer is not None]
+            layers = [layer for layer, _ in alike if layer.gdn_strategy == case.ways[0]]
+            if not layers:
+                continue
+            try:
+                chosen, how = _chosen(case, [layer for layer in layers if layer is not last], alike[-1][1])
+            except Exception as error:
+                warn_once(UNTIMED, unexpected(error))
+                continue
+            for layer in layers:
+                layer.gdn_tuned = chosen
+            if chosen:
+                phrases.append(f"{described(chosen)} ({how})")
+        return "; ".join(phrases)
+
+
+def _chosen(case: Case, ready: list[Any], sizes: list[int]) -> tuple[dict[int, str], str]:
+    """The strategies for these numbers of tokens, and when they were timed."""
+    directory = host.tuning_directory()
+    times = recall(case, directory)
+    missing = [tokens for tokens in sizes if tokens not in times]
+    how = "timed at an earlier start"
+    if missing and ready:
+        from vllm_gdn_plugin.ways import timed
+
+        began = time.perf_counter()
+        times |= timed(ready, case, missing)
+        how = f"timed in {time.perf_counter() - began:.1f} s"
+        try:
+            keep(case, times, directory)
+        except OSError as error:
+            warn_once("the times of the ways to run the layers are not kept for the next start", str(error))
+    return fastest({tokens: times[tokens] for tokens in sizes if tokens in times}, case.ways), how
+
+
+tuner = Tuner()

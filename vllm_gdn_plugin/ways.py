@@ -1,0 +1,68 @@
+"""Times the ways to run loaded layers on this GPU."""
+
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from vllm_gdn_plugin.op import SERIALLY, fork_and_join, project_apart, project_fused_apart
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
+from vllm_gdn_plugin.timing import CudaTimer
+from vllm_gdn_plugin.tuning import Case, Times
+
+SECONDS = 5.0
+"""After this long no further number of tokens is timed: at the next start, the rest."""
+
+ROUNDS = 8
+CACHE_FILLS = 4
+"""The layers that are timed in turn hold this many times what the GPU's cache holds: their weights come from memory."""
+
+
+def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
+    """Microseconds of one layer, the median of :data:`ROUNDS` interleaved rounds, each of all layers in one CUDA graph.
+
+    Args:
+        layers: loaded and alike.
+        sizes: numbers of tokens; timed in this order until :data:`SECONDS` have passed.
+    """
+    timer, end = CudaTimer(), time.perf_counter() + SECONDS
+    weight_bytes = sum(parameter.nbytes for parameter in layers[0].in_proj_qkvz.parameters())
+    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    layers = layers[: min(timer.min_layers, max(4, CACHE_FILLS * cache_bytes // weight_bytes))]
+    ways = WAYS[case.ways[0]]
+    dtype = getattr(torch, case.qkvz.dtype)
+    times: Times = {}
+    own = torch.Generator("cuda").manual_seed(0)  # the engine samples with the default one
+    with torch.no_grad():
+        for tokens in sizes:
+            if time.perf_counter() > end:
+                break
+            x = torch.randn(tokens, case.hidden_size, dtype=dtype, device="cuda", generator=own)
+            prepared = {way: timer.prepare(partial(_all_layers, ways[way], layers, x))[0] for way in case.ways}
+            samples = timer.measure(prepared, ROUNDS)
+            times[tokens] = {way: statistics.median(values) / len(layers) for way, values in samples.items()}
+    return times
+
+
+def _all_layers(way: "Way", layers: list[Any], x: torch.Tensor) -> None:
+    for layer in layers:
+        way(layer, x)
+
+
+Way = Callable[[Any, torch.Tensor], object]
+
+WAYS: dict[str, dict[str, Way]] = {
+    FUSED: {
+        FUSED: lambda layer, x: layer.gdn_fused.apply(x),
+        DUAL_STREAM: lambda layer, x: project_fused_apart(layer, x, fork_and_join(layer, x)),
+        SERIAL: lambda layer, x: project_fused_apart(layer, x, SERIALLY),
+    },
+    DUAL_STREAM: {
+        DUAL_STREAM: lambda layer, x: project_apart(layer, x, fork_and_join(layer, x)),
+        SERIAL: lambda layer, x: project_apart(layer, x, SERIALLY),
+    },
+}
+"""By planned strategy: the ways in which the ops run such a layer."""
