@@ -127,8 +127,8 @@ def decode_step() -> str:
     bf16, fp8 = (json.loads((RESULTS / f"h200-decode-{name}.json").read_text()) for name in ("35B-A3B", "27B-FP8"))
     about, machine = bf16["about"], Machine(**bf16["about"]["machine"])
     return f"""**One layer's decode step** in such an engine, with 8 layers and {about["batch"]} requests, in CUDA
-graphs ({machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver {machine.driver}): from the start of the norm
-before the projections to the end of the recurrent kernel, {medians(bf16, WALL)}. The
+graphs ({machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver {machine.driver}): from the start of the
+norm before the projections to the end of the recurrent kernel, {medians(bf16, WALL)}. The
 kernels that read the projections: causal conv1d, {medians(bf16, "conv1d")}; recurrent kernel,
 {medians(bf16, "decode")} (medians of {len(bf16["sections_us"][OFF][WALL])}:
 [every part, with its spread](benchmarks/results/h200-decode-35B-A3B.md)). The picture shows one layer of median length,
