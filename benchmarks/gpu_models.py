@@ -1,6 +1,6 @@
 """Models with the sizes of real ones and no weights, for `--load-format dummy`: a configuration and a tokenizer.
 
-    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N]
+    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N] [--quantization fp8]
 
 The tokenizer has a word for each id of the vocabulary (but the first 27), so that ids become text and the same ids
 again: clients that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`.
@@ -82,8 +82,23 @@ MODELS: dict[str, dict[str, Any]] = {
 these names, as far as a GDN layer and the layer's MLP go."""
 
 
-def make_model(name: str, directory: Path, layers: int | None = None) -> Path:
-    """Write the model `name` into `directory` and return it, with `layers` layers where given, a multiple of four."""
+def fp8(layer_types: list[str]) -> dict[str, Any]:
+    """The quantisation of an official FP8 checkpoint: blocks of 128 x 128, the narrow projections in bfloat16."""
+    gdn = [number for number, kind in enumerate(layer_types) if kind == "linear_attention"]
+    layer = "model.language_model.layers.{}.linear_attn.in_proj_{}"
+    return {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["lm_head", *(layer.format(number, part) for number in gdn for part in "ba")],
+    }
+
+
+def make_model(name: str, directory: Path, layers: int | None = None, quantization: str | None = None) -> Path:
+    """Write the model `name` into `directory` and return it, with `layers` layers where given, a multiple of four.
+
+    `quantization` is None or "fp8", for a dense model.
+    """
     text = dict(MODELS[name])
     text["num_hidden_layers"] = layers = layers or text["num_hidden_layers"]
     if layers % INTERVAL:
@@ -112,6 +127,8 @@ def make_model(name: str, directory: Path, layers: int | None = None) -> Path:
             "deepstack_visual_indexes": [],
         },
     }
+    if quantization:
+        config["quantization_config"] = fp8(text["layer_types"])
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     _tokenizer(text["vocab_size"]).save_pretrained(directory)
@@ -143,9 +160,10 @@ def main() -> None:
     parser.add_argument("name", choices=MODELS)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int)
+    parser.add_argument("--quantization", choices=["fp8"], help="of a dense model")
     options = parser.parse_args()
     try:
-        print(make_model(options.name, options.directory, options.layers))
+        print(make_model(options.name, options.directory, options.layers, options.quantization))
     except ValueError as wrong:
         parser.error(f"--layers: {wrong}")
 

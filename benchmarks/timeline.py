@@ -1,12 +1,16 @@
 """What one GDN layer's decode step looks like on the GPU: stock, dual stream and fused, to one scale.
 
-    python benchmarks/timeline.py record MODEL DIRECTORY [--batch N] [--engine JSON]   # needs a GPU: traces of engines
+    python benchmarks/timeline.py record MODEL DIRECTORY [--strategy NAME,...] [--engine JSON]   # needs a GPU: traces
     python benchmarks/timeline.py list TRACE [--match REGEX]                           # finds the layer in a trace
     python benchmarks/timeline.py trim DIRECTORY FILE.json VARIANT=FIRST-LAST:LABEL,...  ...
     python benchmarks/timeline.py draw FILE.json FILE.png
+    python benchmarks/timeline.py sections DIRECTORY FILE.json FIRST LAST LABEL=REGEX ...
 
 MODEL is a directory, such as gpu_models.py makes. `list` numbers the kernels; `trim` keeps those from FIRST to LAST of
 each VARIANT, each with a LABEL, in a file that is small enough to be kept; the picture is drawn from that file alone.
+`sections` times what recurs in the traces, such as every GDN layer of every step: from the nearest kernel before that
+matches the regular expression FIRST to one that matches LAST. It keeps the times of the whole and of each LABEL's
+kernels in FILE.json, a table beside it in FILE.md, and says where the section of median length lies.
 Without a GPU `record --device cpu` traces operators in place of kernels.
 """
 
@@ -25,12 +29,12 @@ from typing import Any
 
 from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import BadInput, BenchError
-from vllm_gdn_plugin.bench.results import read
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED
+from vllm_gdn_plugin.bench.results import Machine, read
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, REQUESTS
 
 TITLES = {OFF: "stock"}
 CATEGORY = {"cuda": "kernel", "cpu": "cpu_op"}
-PROMPT_TOKENS, WARM_UP_TOKENS, TRACED_TOKENS = 32, 8, 6
+PROMPT_TOKENS, WARM_UP_TOKENS, TRACED_TOKENS = 32, 8, 33
 ABOUT = "record.json"
 NEIGHBOURS = 14
 """Kernels that `list --match` shows on either side."""
@@ -93,6 +97,80 @@ def selected(directory: Path, text: str) -> tuple[str, list[Kernel]]:
     return variant, _from_zero(
         [Kernel(k.name, k.stream, k.start, k.duration, label) for k, label in zip(chosen, labels, strict=True)]
     )
+
+
+WALL, SUM, OTHER = "from start to end", "sum of the kernels", "other"
+
+
+def sections_of(kernels: Sequence[Kernel], first: re.Pattern[str], last: re.Pattern[str]) -> list[tuple[int, int]]:
+    """(number of the first kernel, number of the last) of each section. Raises BadInput."""
+    found, start = [], None
+    for number, kernel in enumerate(kernels):
+        if first.search(kernel.name):
+            start = number
+        elif start is not None and last.search(kernel.name):
+            found.append((start, number))
+            start = None
+    if not found:
+        raise BadInput(f"no kernel {last.pattern!r} follows a kernel {first.pattern!r}")
+    return found
+
+
+def times_of(section: Sequence[Kernel], parts: dict[str, re.Pattern[str]]) -> dict[str, float]:
+    """Microseconds from its start to its end, in its kernels, and in the kernels of each part."""
+    end = max(kernel.start + kernel.duration for kernel in section)
+    times = dict.fromkeys((WALL, SUM, *parts, OTHER), 0.0)
+    times[WALL] = end - section[0].start
+    for kernel in section:
+        times[SUM] += kernel.duration
+        times[next((label for label, regex in parts.items() if regex.search(kernel.name)), OTHER)] += kernel.duration
+    return {label: round(time, 3) for label, time in times.items()}
+
+
+def sections(options: argparse.Namespace) -> None:
+    about = read(options.directory / ABOUT)
+    found: dict[str, dict[str, list[float]]] = {}
+    for variant in (OFF, *REQUESTS):
+        if not (trace := trace_path(options.directory, variant)).exists():
+            continue
+        kernels = kernels_of(trace)
+        places = sections_of(kernels, options.first, options.last)
+        times = [times_of(kernels[first : last + 1], dict(options.parts)) for first, last in places]
+        found[variant] = {label: [time[label] for time in times] for label in times[0]}
+        (first, last), _ = sorted(zip(places, times, strict=True), key=lambda pair: pair[1][WALL])[len(times) // 2]
+        print(f"{variant}: {len(times)} sections; one of median length: {first}-{last}")
+    rows = [
+        f'  "{variant}": {{\n'
+        + ",\n".join(f"   {json.dumps(label)}: {json.dumps(times)}" for label, times in x.items())
+        for variant, x in found.items()
+    ]
+    options.file.write_text(
+        f'{{\n "about": {json.dumps(about)},\n "sections_us": {{\n' + "\n  },\n".join(rows) + "\n  }\n }\n}\n"
+    )
+    options.file.with_suffix(".md").write_text(table_of(about, found))
+
+
+def table_of(about: dict[str, Any], found: dict[str, dict[str, list[float]]]) -> str:
+    """The times of the sections as Markdown: medians, with the 5th and 95th percentile."""
+    from vllm_gdn_plugin.bench.stats import summary
+    from vllm_gdn_plugin.bench.table import about_machine
+
+    lines = [
+        f"{about['model']}, batch of {about['batch']}; {about_machine(Machine(**about['machine']))}; {about['date']}",
+        "",
+        f"Microseconds, median (5th to 95th percentile) of {' and '.join(str(len(x[WALL])) for x in found.values())}"
+        f" sections. `{json.dumps(about['engine'])}`",
+        "",
+        f"| | {' | '.join(TITLES.get(variant, variant) for variant in found)} |",
+        "|---|" + "---|" * len(found),
+    ]
+    labels = dict.fromkeys(label for times in found.values() for label, samples in times.items() if any(samples))
+    for label in labels:
+        cells = (summary(times[label]) for times in found.values())
+        lines.append(
+            f"| {label} | " + " | ".join(f"{c.median:.2f} ({c.low:.2f} to {c.high:.2f})" for c in cells) + " |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def trace_path(directory: Path, variant: str) -> Path:
@@ -162,17 +240,6 @@ def record(options: argparse.Namespace) -> None:
 
     require_device(options.device)
     options.directory.mkdir(parents=True, exist_ok=True)
-    for name, settings in variants([DUAL_STREAM, FUSED]).items():
-        trace = trace_path(options.directory, name)
-        line = [sys.executable, __file__, "trace", options.model, str(trace), "--batch", str(options.batch)]
-        line += ["--device", options.device, "--engine", json.dumps(options.engine)]
-        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO", **settings}
-        done = subprocess.run(line, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        trace.with_suffix(".log").write_text(done.stdout)
-        if done.returncode:
-            raise BadInput(f"{name}: status {done.returncode}, see {trace.with_suffix('.log')}")
-        require_at_work(name, done.stdout)
-        print(f"{trace}: {len(kernels_of(trace))} kernels")
     about = {
         "model": Path(options.model).name,
         "batch": options.batch,
@@ -181,6 +248,19 @@ def record(options: argparse.Namespace) -> None:
         "machine": asdict(describe_machine(options.device)),
     }
     (options.directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
+    for name, settings in variants(options.strategy.split(",")).items():
+        trace = trace_path(options.directory, name)
+        line = [sys.executable, __file__, "trace", options.model, str(trace), "--batch", str(options.batch)]
+        line += ["--device", options.device, "--engine", json.dumps(options.engine)]
+        env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO", **settings}
+        # Else each engine has a Triton cache of its own, for which it tunes its kernels anew.
+        env["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+        done = subprocess.run(line, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        trace.with_suffix(".log").write_text(done.stdout)
+        if done.returncode:
+            raise BadInput(f"{name}: status {done.returncode}, see {trace.with_suffix('.log')}")
+        require_at_work(name, done.stdout)
+        print(f"{trace}: {len(kernels_of(trace))} kernels")
 
 
 def trace(options: argparse.Namespace) -> None:
@@ -223,6 +303,11 @@ def trim(options: argparse.Namespace) -> None:
     )
 
 
+def part(text: str) -> tuple[str, re.Pattern[str]]:
+    label, _, regex = text.partition("=")
+    return label, re.compile(regex)
+
+
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
@@ -237,6 +322,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         command.add_argument("--batch", type=int, default=8, help="requests, each of one token a step; default 8")
         command.add_argument("--device", choices=tuple(CATEGORY), default="cuda")
         command.add_argument("--engine", default={}, type=json.loads, help="more arguments of vLLM's LLM, as JSON")
+    commands.choices["record"].add_argument(
+        "--strategy", metavar="NAME,...", default=f"{DUAL_STREAM},{FUSED}", help="beside stock; default %(default)s"
+    )
     command = commands.add_parser("list", help="number the kernels of a trace")
     command.set_defaults(run=lambda options: print(listing(kernels_of(options.trace), options.match)))
     command.add_argument("trace", type=Path)
@@ -252,6 +340,13 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     command.set_defaults(run=lambda options: picture_of(*load(options.file)).savefig(options.picture, dpi=150))
     command.add_argument("file", type=Path)
     command.add_argument("picture", type=Path)
+    command = commands.add_parser("sections", help="time what recurs in the traces")
+    command.set_defaults(run=sections)
+    command.add_argument("directory", type=Path, help="what record wrote")
+    command.add_argument("file", type=Path)
+    command.add_argument("first", type=re.compile, metavar="FIRST")
+    command.add_argument("last", type=re.compile, metavar="LAST")
+    command.add_argument("parts", type=part, nargs="+", metavar="LABEL=REGEX", help="the first that matches counts")
     return parser.parse_args(arguments)
 
 

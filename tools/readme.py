@@ -18,7 +18,7 @@ from vllm_gdn_plugin.bench.engine.results import EngineRun
 from vllm_gdn_plugin.bench.engine.table import changes, shown
 from vllm_gdn_plugin.bench.engine.variants import OFF
 from vllm_gdn_plugin.bench.report import load
-from vllm_gdn_plugin.bench.results import Point, Run
+from vllm_gdn_plugin.bench.results import Machine, Point, Run
 from vllm_gdn_plugin.bench.table import about_machine
 from vllm_gdn_plugin.contract import GDN_CLASSES
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, RULES, SERIAL
@@ -28,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RELEASES = ROOT / "tools" / "releases.json"
 RESULTS = ROOT / "benchmarks" / "results"
+WALL = "from start to end"
+"""What timeline.py calls the length of a section."""
 
 WHAT = {
     FUSED: "one GEMM for both",
@@ -90,10 +92,11 @@ Every number, with its spread: [bf16](benchmarks/results/h200-projections-bfloat
 [FP8](benchmarks/results/h200-projections-fp8.md). The bad news in there: fused is not always the faster one (at worst
 {worst:.0f} % slower than dual_stream, {where}), and from
 about 128 tokens on, dual_stream hides little in bf16. By median, no strategy was slower than serial at any size on this
-GPU. In FP8, serial is vLLM's own layer called by itself; a compiled engine may fuse its quantisation into the norm,
-which is not in these numbers. These are the projections alone, a part of a decode step.
+GPU. These are the projections alone, a part of a decode step.
 
 **A whole engine.** {engine(serve)}
+
+{decode_step()}
 
 Other GPUs differ:
 
@@ -116,7 +119,40 @@ client by vLLM {run.machine.vllm} on an {run.machine.hardware}, fused against st
 {found["output_tokens_per_s"]}, TPOT {found["tpot_ms"]}, TTFT {found["ttft_ms"]}
 (geometric mean and 95 % interval of {rounds} interleaved rounds: the run was cut short, and at concurrency 8 it has no
 second pair, so nothing is claimed there: [every number](benchmarks/results/h200-35B-A3B/serve.md)). Other strategies,
-models and precisions have not been measured in an engine."""
+models and precisions have not been served."""
+
+
+def decode_step() -> str:
+    """What the traces of whole engines show of one GDN layer."""
+    bf16, fp8 = (json.loads((RESULTS / f"h200-decode-{name}.json").read_text()) for name in ("35B-A3B", "27B-FP8"))
+    about, machine = bf16["about"], Machine(**bf16["about"]["machine"])
+    return f"""**One layer's decode step** in such an engine, with 8 layers and {about["batch"]} requests, in CUDA
+graphs ({machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver {machine.driver}): from the start of the
+norm before the projections to the end of the recurrent kernel, {medians(bf16, WALL)}. The
+kernels that read the projections: causal conv1d, {medians(bf16, "conv1d")}; recurrent kernel,
+{medians(bf16, "decode")} (medians of {len(bf16["sections_us"][OFF][WALL])}:
+[every part, with its spread](benchmarks/results/h200-decode-35B-A3B.md)). The picture shows one layer of median length,
+up to its output projection. fused has not been traced.
+
+![The kernels of one GDN layer over time, by stream](benchmarks/results/h200-timeline.png)
+
+```
+python benchmarks/gpu_models.py 35B-A3B MODEL --layers 8
+python benchmarks/timeline.py record MODEL TRACES --engine '{json.dumps(about["engine"])}'
+```
+
+**FP8 and the norm.** The op keeps the quantisation of its input apart from the norm before it. So does stock vLLM
+{machine.vllm} for blocks of 128 x 128, the format of the official checkpoints: its pass that fuses the two leaves out
+norms whose weight has another dtype than the activations, and the weight of these models' norm is float32. In the
+[trace of a stock engine](benchmarks/results/h200-decode-27B-FP8.md) with the widths of Qwen3.5-27B they are two
+kernels: norm, {medians(fp8, "norm")}; quantisation, {medians(fp8, "quantisation")}. An FP8 engine with dual_stream, and
+other FP8 formats, have not been traced."""
+
+
+def medians(traced: dict[str, Any], label: str) -> str:
+    """The time of one part of the traced sections, for each engine."""
+    times = {"stock" if name == OFF else name: found[label] for name, found in traced["sections_us"].items()}
+    return ", ".join(f"{name} {statistics.median(samples):.1f} us" for name, samples in times.items())
 
 
 TOKENS = (1, 8, 64, 128, 256, 1024)

@@ -163,18 +163,22 @@ STOCK = [("norm", 7, 95.0, 5.0), ("wide", 7, 100.0, 20.0), ("narrow", 7, 121.0, 
 DUAL = [("norm", 7, 45.0, 5.0), ("wide", 7, 50.0, 21.0), ("narrow", 13, 52.0, 9.0), ("rest", 7, 72.0, 10.0)]
 
 
+def write_trace(path: Path, kernels: list[tuple[str, int, float, float]]) -> None:
+    events: list[dict[str, Any]] = [
+        {"ph": "X", "cat": "kernel", "name": k, "tid": s, "ts": t, "dur": d, "args": {"stream": s}}
+        for k, s, t, d in reversed(kernels)
+    ]
+    launch = {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "tid": 1, "ts": 1.0, "dur": 9.0}
+    events += [launch, {"ph": "M", "name": "process_name"}]
+    with gzip.open(path, "wt") as file:
+        json.dump({"traceEvents": events}, file)
+
+
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
     """What `timeline.py record` leaves, in small."""
-    for name, kernels in (("off", STOCK), ("dual_stream", DUAL)):
-        events: list[dict[str, Any]] = [
-            {"ph": "X", "cat": "kernel", "name": k, "tid": s, "ts": t, "dur": d, "args": {"stream": s}}
-            for k, s, t, d in reversed(kernels)
-        ]
-        launch = {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "tid": 1, "ts": 1.0, "dur": 9.0}
-        events += [launch, {"ph": "M", "name": "process_name"}]
-        with gzip.open(tmp_path / f"{name}.trace.json.gz", "wt") as file:
-            json.dump({"traceEvents": events}, file)
+    write_trace(tmp_path / "off.trace.json.gz", STOCK)
+    write_trace(tmp_path / "dual_stream.trace.json.gz", DUAL)
     about = {"model": "some-model", "batch": 8, "machine": {"hardware": "a GPU"}}
     (tmp_path / "record.json").write_text(json.dumps(about))
     return tmp_path
@@ -227,6 +231,8 @@ def test_from_traces_to_the_picture(recorded: Path, capsys: pytest.CaptureFixtur
         (("trim", ".", "x.json", f"fused=1-3:{LABELS}"), "fused.trace.json.gz"),
         (("draw", "record.json", "x.png"), "was not written by timeline.py trim"),
         (("draw", "nothing.json", "x.png"), "cannot be read"),
+        (("sections", ".", "x.json", "rest", "wide", "all=."), "no kernel 'wide' follows a kernel 'rest'"),
+        (("record", "model", ".", "--device", "cpu", "--strategy", "best"), "--strategy 'best' is not one of"),
     ],
 )
 def test_wrong_input_of_the_timeline_gets_one_line(
@@ -243,6 +249,39 @@ def test_wrong_input_of_the_timeline_gets_one_line(
     told = capsys.readouterr().err
     assert told.count("\n") == 1
     assert says in told
+
+
+@needs_bench
+def test_what_recurs_is_timed(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from timeline import main
+
+    parts = ("both=wide|narrow", "wide alone=wide", "rest=rest")
+    machine = dict.fromkeys(("device", "hardware", "python", "vllm_gdn_plugin", "torch"), "x")
+    about = {"model": "some-model", "batch": 8, "engine": {}, "date": "today", "machine": machine}
+    (recorded / "record.json").write_text(json.dumps(about))
+    again = [(name, stream, start + 100, duration) for name, stream, start, duration in STOCK]
+    write_trace(recorded / "off.trace.json.gz", [*STOCK, ("norm", 7, 139.0, 1.0), *again, ("narrow", 7, 240.0, 1.0)])
+    assert main(["sections", str(recorded), str(recorded / "times.json"), "norm", "rest", *parts]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "off: 2 sections; one of median length: 5-8",
+        "dual_stream: 1 sections; one of median length: 0-3",
+    ]
+    found = json.loads((recorded / "times.json").read_text())
+    assert found["about"] == about
+    assert found["sections_us"]["off"] == {
+        "from start to end": [43.0, 43.0],
+        "sum of the kernels": [41.0, 41.0],
+        "both": [26.0, 26.0],
+        "wide alone": [0.0, 0.0],
+        "rest": [10.0, 10.0],
+        "other": [5.0, 5.0],
+    }
+    assert found["sections_us"]["dual_stream"]["from start to end"] == [37.0]
+    assert found["sections_us"]["dual_stream"]["both"] == [30.0]
+    table = (recorded / "times.md").read_text()
+    assert "| | stock | dual_stream |" in table
+    assert "| both | 26.00 (26.00 to 26.00) | 30.00 (30.00 to 30.00) |" in table
+    assert "wide alone" not in table
 
 
 # gpu_models.py and gpu_engine.py
@@ -263,6 +302,24 @@ def test_a_model_has_its_layers_and_words_for_ids(tmp_path: Path) -> None:
     ids = [318, 27, 256, 100]
     assert (len(tokenizer), tokenizer.eos_token_id) == (320, 319)
     assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) == ids
+
+
+@needs("tokenizers", "transformers")
+def test_an_fp8_model_is_mixed_as_the_official_ones(tmp_path: Path) -> None:
+    """Read as `check` reads it, and skipped as vLLM does, which wants each part of a merged projection by name."""
+    from gpu_models import make_model
+
+    from vllm_gdn_plugin.checkpoint import read_groups
+    from vllm_gdn_plugin.plan import AUTO, DUAL_STREAM
+
+    make_model("tiny", tmp_path, layers=8, quantization="fp8")
+    (group,) = read_groups(str(tmp_path), 1, "cuda", AUTO)
+    methods = (group.facts.qkvz.linear_method, group.facts.ba.linear_method)
+    assert methods == ("Fp8LinearMethod", "UnquantizedLinearMethod")
+    assert (group.layers, group.plan.strategy) == ((0, 1, 2, 4, 5, 6), DUAL_STREAM)
+    skipped = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    parts = [f"model.language_model.layers.{n}.linear_attn.in_proj_{p}" for n in group.layers for p in "ba"]
+    assert skipped == ["lm_head", *parts]
 
 
 def test_the_models_have_the_projections_of_the_presets() -> None:
