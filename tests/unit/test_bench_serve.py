@@ -6,16 +6,25 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-NEEDS = ("torch", "numpy", "scipy", "matplotlib", "tqdm", "psutil")
+from vllm_gdn_plugin.bench.engine import server
+from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
+from vllm_gdn_plugin.bench.engine.variants import OFF, variants
+from vllm_gdn_plugin.bench.errors import BadInput
+from vllm_gdn_plugin.bench.results import Machine
+
+pytest.importorskip("psutil", reason="psutil is not installed")
+from vllm_gdn_plugin.bench.engine.serve import Load, measure
+
+NEEDS = ("torch", "numpy", "scipy", "matplotlib", "tqdm")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 
 VLLM = """
 import json, os, pathlib, sys, time
@@ -34,6 +43,8 @@ class Answers(BaseHTTPRequestHandler):
         self.say({"data": [{"id": "a model"}]})
 
     def do_POST(self):
+        if not json.loads(self.rfile.read(int(self.headers["Content-Length"]))).get("return_tokens_as_token_ids"):
+            return self.send_error(400)  # a model's ids may be more than its tokenizer has words
         (HERE / f"asked-{strategy}").touch()
         self.say({"choices": [{"logprobs": {"tokens": ["token_id:1"], "token_logprobs": [-1.0]}}]})
 
@@ -67,31 +78,34 @@ found = dict.fromkeys(("output_throughput", "median_tpot_ms", "median_itl_ms", "
 found["completed"] = int(option("--num-prompts"))
 pathlib.Path(option("--result-dir"), option("--result-filename")).write_text(json.dumps(found))
 """
-Bench = Callable[..., "subprocess.Popen[str]"]
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    """`bench(options, vllm_arguments, env)` starts `bench serve --side-by-side`, which writes below `tmp_path`."""
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory whose `vllm` is the one above, which keeps its records there."""
     package = tmp_path / "path" / "vllm" / "entrypoints" / "cli"
     package.mkdir(parents=True)
     for directory in (package, package.parent, package.parent.parent):
         (directory / "__init__.py").write_text("")
     (package / "main.py").write_text(VLLM)
-    processes = []
+    path = [str(tmp_path / "path"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.setenv("FAKE_VLLM", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(server, "START_SECONDS", 60)
+    return tmp_path
 
-    def start(options: list[str], arguments: list[str], **env: str) -> "subprocess.Popen[str]":
-        line = [sys.executable, "-m", "vllm_gdn_plugin", "bench", "serve", "--model", "a model", "--device", "cpu"]
-        line += ["--side-by-side", "--output", str(tmp_path / "out"), *options, "--", *arguments]
-        path = os.pathsep.join([str(tmp_path / "path"), *filter(None, [os.environ.get("PYTHONPATH")])])
-        env = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(tmp_path), "FAKE_VLLM": str(tmp_path), **env}
-        processes.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-        return processes[-1]
 
-    yield start
-    for process in processes:
-        process.terminate()
-        process.communicate()
+def measured(load: Load, strategies: list[str], vllm_arguments: list[str]) -> EngineRun:
+    """Two rounds, side by side."""
+    machine = Machine("cpu", "a processor", "3.11.0", "0.1.0", "2.13.0")
+    run = EngineRun(SERVE, "command", "2026-01-01", 2, "a model", vllm_arguments, variants(strategies), machine)
+    progress = SimpleNamespace(set_description=print, update=print)
+    try:
+        measure(run, load, side_by_side=True, progress=progress)
+    except BadInput as error:
+        run.stopped = str(error)
+    return run
 
 
 def clients(directory: Path) -> list[list[Any]]:
@@ -118,62 +132,74 @@ def no_process_is_left(directory: Path) -> bool:
 
 
 KV_CACHE = ["--kv-cache-memory-bytes", "1000"]
+BOTH = ["fused", "dual_stream"]
+ONE = Load([1], [8], 4, 1)
 
 
-def test_engines_with_a_cache_of_given_size_start_at_once(bench: Bench, tmp_path: Path) -> None:
-    options = ["--strategy", "fused,dual_stream", "--rounds", "2", "--concurrency", "1,2", "--input-len", "8,64"]
-    process = bench(options, KV_CACHE, FAKE_TOGETHER="3")  # none is healthy before all have started
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert started(tmp_path).keys() == {"off", "fused", "dual_stream"}
-    run = json.loads((tmp_path / "out" / "serve.json").read_text())
-    cases = [f"{length} in, concurrency {clients}" for length in (8, 64) for clients in (1, 2)]
-    order = ["off", "fused", "dual_stream", "fused", "dual_stream", "off"]
-    assert [(s["variant"], s["case"]) for s in run["samples"]] == [(name, case) for name in order for case in cases]
-    ran = clients(tmp_path)
+def test_engines_with_a_cache_of_given_size_start_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TOGETHER", "3")  # none is healthy before all have started
+    run = measured(Load([1, 2], [8, 64], 4, 1), BOTH, KV_CACHE)
+    assert run.stopped is None
+    assert run.verified.keys() == set(BOTH)
+    assert started(here).keys() == {OFF, *BOTH}
+    cases = [f"{length} in, concurrency {count}" for length in (8, 64) for count in (1, 2)]
+    order = [OFF, *BOTH, *BOTH, OFF]
+    assert [(s.variant, s.case) for s in run.samples] == [(name, case) for name in order for case in cases]
+    ran = clients(here)
     assert len({client[0] for client in ran}) == 1  # one process, which has imported vLLM once
     assert len({option(client, "--base-url") for client in ran}) == 3
     lengths = [option(client, "--random-input-len") for client in ran[:4]]
     assert lengths == ["8", "8", "64", "64"]
     seeds = [option(client, "--seed") for client in ran]
     assert (seeds[:4], len(set(seeds))) == (seeds[4:8], 8)
-    assert no_process_is_left(tmp_path)
+    assert no_process_is_left(here)
 
 
-def test_other_engines_start_one_after_the_other(bench: Bench, tmp_path: Path) -> None:
-    process = bench(["--strategy", "fused,dual_stream", "--rounds", "1", "--concurrency", "1"], [])
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
-    assert started(tmp_path)["dual_stream"][1:] == ["asked-fused", "asked-off"]
+def test_other_engines_start_one_after_the_other(here: Path) -> None:
+    assert measured(ONE, BOTH, []).stopped is None
+    assert started(here)["dual_stream"][1:] == ["asked-fused", "asked-off"]
 
 
-def test_an_engine_that_does_not_start_stops_the_others(bench: Bench, tmp_path: Path) -> None:
-    options = ["--strategy", "fused,dual_stream", "--rounds", "1", "--concurrency", "1"]
-    process = bench(options, KV_CACHE, FAKE_TOGETHER="3", FAKE_REFUSES="dual_stream")  # off and fused wait for it
-    _, errors = process.communicate()
-    assert process.returncode == 2
-    assert "dual_stream: the server stopped with 1: ValueError: no room" in errors.splitlines()[-1]
-    assert set(started(tmp_path)) == {"off", "fused"}
-    assert no_process_is_left(tmp_path)
+def test_an_engine_that_does_not_start_stops_the_others(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TOGETHER", "3")  # off and fused wait for dual_stream
+    monkeypatch.setenv("FAKE_REFUSES", "dual_stream")
+    run = measured(ONE, BOTH, KV_CACHE)
+    assert run.stopped
+    assert "dual_stream: the server stopped with 1: ValueError: no room (its log: " in run.stopped
+    assert set(started(here)) == {OFF, "fused"}
+    assert no_process_is_left(here)
 
 
-def test_a_client_that_fails_gets_one_line(bench: Bench, tmp_path: Path) -> None:
-    process = bench(["--rounds", "1", "--concurrency", "1,2"], KV_CACHE, FAKE_FAILS="2")
-    _, errors = process.communicate()
-    assert process.returncode == 2
-    says = "vllm bench serve, concurrency 2: status 1: ValueError: no such concurrency; kept: 2 of 4 steps"
-    assert errors.splitlines()[-1].endswith(says)
-    assert no_process_is_left(tmp_path)
+def test_a_client_that_fails_gets_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "2")
+    run = measured(Load([1, 2], [8], 4, 1), ["fused"], KV_CACHE)
+    assert run.stopped == "vllm bench serve, concurrency 2: status 1: ValueError: no such concurrency"
+    assert [(s.variant, s.case) for s in run.samples] == [(OFF, "concurrency 1")]
+    assert no_process_is_left(here)
 
 
-def test_when_it_is_interrupted_it_keeps_what_was_measured(bench: Bench, tmp_path: Path) -> None:
-    process = bench(["--rounds", "1", "--concurrency", "1,2"], KV_CACHE, FAKE_HANGS="2")
-    while not (tmp_path / "clients").exists() or len(clients(tmp_path)) < 2:
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_when_it_is_interrupted_it_keeps_what_was_measured(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_HANGS", "2")
+    line = [sys.executable, "-m", "vllm_gdn_plugin", "bench", "serve", "--model", "a model", "--device", "cpu"]
+    line += [
+        "--side-by-side",
+        "--input-len",
+        "8,64",
+        "--concurrency",
+        "1,2",
+        "--output",
+        str(here / "out"),
+        "--",
+        *KV_CACHE,
+    ]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (here / "clients").exists() or len(clients(here)) < 2:
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert "interrupted; kept: 2 of 4 steps" in errors.splitlines()[-1]
-    run = json.loads((tmp_path / "out" / "serve.json").read_text())
-    assert [(s["variant"], s["case"]) for s in run["samples"]] == [("off", "concurrency 1")]
-    assert no_process_is_left(tmp_path)
+    assert "interrupted; kept: 2 of 12 steps" in errors.splitlines()[-1]
+    run = json.loads((here / "out" / "serve.json").read_text())
+    assert [(s["variant"], s["case"]) for s in run["samples"]] == [(OFF, "8 in, concurrency 1")]
+    assert no_process_is_left(here)
