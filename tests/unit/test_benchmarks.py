@@ -302,6 +302,7 @@ def test_a_model_has_its_layers_and_words_for_ids(tmp_path: Path) -> None:
     ids = [318, 27, 256, 100]
     assert (len(tokenizer), tokenizer.eos_token_id) == (320, 319)
     assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) == ids
+    assert len(AutoTokenizer.from_pretrained(make_model("27B", tmp_path))) == 16384
 
 
 @needs("tokenizers", "transformers")

@@ -92,15 +92,18 @@ def _parser() -> argparse.ArgumentParser:
         "Starts `vllm serve` without the plugin and with each strategy, in turn, and drives each with `vllm bench\n"
         "serve`. Answers are compared before anything is timed.",
     )
-    _add_engine_arguments(command)
+    _add_engine_arguments(command, "how often each engine is driven, without --side-by-side a new one each time")
     command.add_argument("--concurrency", metavar="N,...", default="1,2,4,8,16", help="default 1,2,4,8,16")
-    command.add_argument("--input-len", metavar="N", default="512", help="tokens of each prompt; default 512")
+    command.add_argument("--input-len", metavar="N,...", default="512", help="tokens of each prompt; default 512")
     command.add_argument("--output-len", metavar="N", default="256", help="tokens of each answer; default 256")
     command.add_argument(
         "--side-by-side",
         action="store_true",
         help="start one engine of each kind, keep all running and drive them in turn: more rounds in the same time, and"
-        " nothing said of start-up and memory. All must fit: see --gpu-memory-utilization of `vllm serve`",
+        " nothing said of start-up and memory. All must fit into memory. They start at once where `vllm serve` gets"
+        " --kv-cache-memory-bytes; pass a small --gpu-memory-utilization with it, such as 0.01, because vLLM still"
+        " refuses to start where less than that part is free. Without it they start one after the other, because each"
+        " measures what the others leave free",
     )
     command.add_argument("--requests", metavar="N", default="4", help="of each client, one after the other; default 4")
 
@@ -111,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "Starts `vllm serve` with empty caches and again with full ones, without the plugin and with each strategy,\n"
         "in turn; counts the compiled graphs.",
     )
-    _add_engine_arguments(command)
+    _add_engine_arguments(command, "cold and warm starts of each engine")
     command.add_argument(
         "--layers",
         metavar="N,...",
@@ -128,10 +131,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_engine_arguments(command: argparse.ArgumentParser) -> None:
+def _add_engine_arguments(command: argparse.ArgumentParser, rounds: str) -> None:
     command.add_argument("--model", required=True, help="as for `vllm serve`")
-    command.add_argument("--strategy", metavar="NAME,...", default="auto", help="default auto")
-    command.add_argument("--rounds", metavar="N", default="5", help="engines of each kind; default 5")
+    command.add_argument("--strategy", metavar="NAME,...", default="auto", help="an engine for each; default auto")
+    command.add_argument("--rounds", metavar="N", default="5", help=f"{rounds}; default 5")
     command.add_argument(
         "vllm_arguments", metavar="-- ARGUMENT", nargs="*", help="all that follows -- is passed on to `vllm serve`"
     )
@@ -171,7 +174,8 @@ def _projections(options: argparse.Namespace, command: str) -> int:
 
 def _serve(options: argparse.Namespace, command: str) -> int:
     concurrency = list(dict.fromkeys(counts("--concurrency", options.concurrency)))
-    lengths = [_count(f"--{name.replace('_', '-')}", vars(options)[name]) for name in LENGTHS]
+    input_len = list(dict.fromkeys(counts("--input-len", options.input_len)))
+    output_len, requests = _count("--output-len", options.output_len), _count("--requests", options.requests)
 
     from vllm_gdn_plugin.bench.engine.results import SERVE
 
@@ -179,15 +183,12 @@ def _serve(options: argparse.Namespace, command: str) -> int:
 
     from vllm_gdn_plugin.bench.engine.serve import Load, measure
 
-    load = Load(concurrency, *lengths)
+    load = Load(concurrency, input_len, output_len, requests)
     run.load = f"{load}{'; engines side by side, idle while another is driven' if options.side_by_side else ''}"
     steps = (run.rounds + 1) * len(run.variants)
     return _measured(
         run, options.output / "serve.json", steps, lambda progress: measure(run, load, options.side_by_side, progress)
     )
-
-
-LENGTHS = ("input_len", "output_len", "requests")
 
 
 def _compile(options: argparse.Namespace, command: str) -> int:

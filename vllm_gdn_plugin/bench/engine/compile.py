@@ -46,7 +46,7 @@ def measure(run: EngineRun, layers: list[int], progress: Any) -> None:
             caches = _empty(scratch / "caches")
             for case in (COLD, WARM):
                 progress.set_description(f"round {number + 1}, {variant}, {case}")
-                with started(run, variant, scratch, settings=_settings(caches)) as server:
+                with started(run, [variant], scratch, settings=_settings(caches)) as [server]:
                     values = {"startup_s": server.seconds, **_compiled(caches)}
                     if number == 0 and case == COLD:
                         found = probe.answer(server)
@@ -63,7 +63,7 @@ def measure(run: EngineRun, layers: list[int], progress: Any) -> None:
                 progress.set_description(f"{count} layers, {variant}")
                 caches = _empty(scratch / "caches")
                 dummy = ["--load-format", "dummy"]
-                with started(run, variant, scratch, model=model, more=dummy, settings=_settings(caches)) as server:
+                with started(run, [variant], scratch, model=model, more=dummy, settings=_settings(caches)) as [server]:
                     values = {"startup_s": server.seconds, **_compiled(caches)}
                 run.add(0, variant, f"{COLD}, {count} layers", values)
                 progress.update()

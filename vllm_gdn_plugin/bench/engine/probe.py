@@ -23,6 +23,7 @@ MIB = 1 << 20
 def answer(server: Server) -> tuple[list[str], list[float]]:
     """The tokens of one greedy answer, and their log-probabilities."""
     body = {"prompt": PROMPT, "max_tokens": ANSWER_TOKENS, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+    body["return_tokens_as_token_ids"] = True  # some ids have no text, or the same
     logprobs = server.post("/v1/completions", body)["choices"][0]["logprobs"]
     return list(logprobs["tokens"]), [float(value) for value in logprobs["token_logprobs"]]
 
@@ -48,7 +49,7 @@ def compare(stock: tuple[list[str], list[float]], found: tuple[list[str], list[f
 
 def memory(server: Server) -> dict[str, float]:
     """Memory and KV cache of the server, now that it has worked; what cannot be known is left out."""
-    parent = psutil.Process(server.pid)
+    parent = psutil.Process(server.process.pid)
     peaks = [_peak_bytes(process.pid) for process in (parent, *parent.children(recursive=True))]
     values = {"host_memory_mib": sum(peaks) / MIB}
     blocks = re.search(r'vllm:cache_config_info\{[^}]*num_gpu_blocks="(\d+)"', server.get("/metrics"))

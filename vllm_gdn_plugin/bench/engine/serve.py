@@ -2,22 +2,25 @@
 
 import json
 import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_gdn_plugin.bench.engine import probe
+from vllm_gdn_plugin.bench.engine.client import Client, client
 from vllm_gdn_plugin.bench.engine.results import EngineRun
-from vllm_gdn_plugin.bench.engine.server import VLLM, Server, ServerFailed, end_group, serve
+from vllm_gdn_plugin.bench.engine.server import POLL_SECONDS, Server, ServerFailed, launch
 from vllm_gdn_plugin.bench.engine.variants import OFF, PLUGINS, require_at_work
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 
 START = "start"
+
+KV_CACHE = "--kv-cache-memory-bytes"
+"""Of `vllm serve`: the size of the KV cache, which is otherwise what an engine that starts finds free."""
 
 
 @dataclass(frozen=True)
@@ -25,16 +28,23 @@ class Load:
     """What the clients ask for."""
 
     concurrency: list[int]
-    input_len: int
+    input_len: list[int]
     output_len: int
     requests: int
     """Of each client, one after the other."""
 
     def __str__(self) -> str:
         return (
-            f"{self.requests} requests for each client, {self.input_len} random tokens in and {self.output_len} out,"
-            " as many warm-up requests as clients"
+            f"{self.requests} requests for each client, {', '.join(map(str, self.input_len))} random tokens in and"
+            f" {self.output_len} out, as many warm-up requests as clients"
         )
+
+    def cases(self) -> Iterator[tuple[str, int, int]]:
+        """(name, input length, concurrency) of each run of the clients."""
+        for length in self.input_len:
+            for concurrency in self.concurrency:
+                name = f"concurrency {concurrency}"
+                yield name if len(self.input_len) == 1 else f"{length} in, {name}", length, concurrency
 
 
 def measure(run: EngineRun, load: Load, side_by_side: bool, progress: Any) -> None:
@@ -46,37 +56,67 @@ def measure(run: EngineRun, load: Load, side_by_side: bool, progress: Any) -> No
     Args:
         run: gets the samples, and with them whatever was measured before an error.
         side_by_side: those first engines go on running and are driven in turn, so that nothing is said of start-up
-            and memory; else each round starts new ones.
+            and memory; else each round starts new ones. They start at once where the arguments give the size of the
+            KV cache, else one after the other, because each takes what it finds free.
         progress: a ``tqdm``, of one step for each engine.
     """
-    with tempfile.TemporaryDirectory(prefix="gdn-bench-", ignore_cleanup_errors=True) as scratch, ExitStack() as kept:
-        stock, servers = None, {}
-        for variant in run.variants:
-            progress.set_description(f"verify {variant}")
+    at_once = side_by_side and any(text.replace("_", "-").startswith(KV_CACHE) for text in run.vllm_arguments)
+    groups = [list(run.variants)] if at_once else [[variant] for variant in run.variants]
+    with tempfile.TemporaryDirectory(prefix="gdn-bench-", ignore_cleanup_errors=True) as directory, ExitStack() as kept:
+        scratch = Path(directory)
+        driver = kept.enter_context(client(os.environ | {PLUGINS: run.variants[OFF][PLUGINS]}, scratch))
+        stock: Any = None
+        servers: dict[str, Server] = {}
+        for group in groups:
+            progress.set_description(f"verify {', '.join(group)}")
             with ExitStack() as ended:
-                server = (kept if side_by_side else ended).enter_context(started(run, variant, Path(scratch)))
-                found = probe.answer(server)
-            servers[variant] = server
-            stock = stock or found
-            if variant != OFF:
-                run.verified[variant] = verified(variant, stock, found)
-            progress.update()
+                these = (kept if side_by_side else ended).enter_context(started(run, group, scratch))
+                for variant, server in zip(group, these, strict=True):
+                    found = probe.answer(server)
+                    stock = stock or found
+                    if variant != OFF:
+                        run.verified[variant] = verified(variant, stock, found)
+                    progress.update()
+            servers.update(zip(group, these, strict=True))
         for number, variant in turns(run):
             progress.set_description(f"round {number + 1}, {variant}")
             if side_by_side:
-                _drive_all(run, number, variant, servers[variant], load)
+                _drive_all(run, number, variant, servers[variant], driver, load)
             else:
-                with started(run, variant, Path(scratch)) as server:
+                with started(run, [variant], scratch) as [server]:
                     run.add(number, variant, START, {"startup_s": server.seconds})
-                    _drive_all(run, number, variant, server, load)
+                    _drive_all(run, number, variant, server, driver, load)
                     run.add(number, variant, START, probe.memory(server))
             progress.update()
 
 
-def _drive_all(run: EngineRun, number: int, variant: str, server: Server, load: Load) -> None:
-    for concurrency in load.concurrency:
-        values = _drive(run, server, load, concurrency, seed=number * 1000 + concurrency)
-        run.add(number, variant, f"concurrency {concurrency}", values)
+def _drive_all(run: EngineRun, number: int, variant: str, server: Server, driver: Client, load: Load) -> None:
+    for n, (case, length, concurrency) in enumerate(load.cases()):
+        options = {
+            "model": run.model,
+            "served-model-name": json.loads(server.get("/v1/models"))["data"][0]["id"],
+            "base-url": server.url,
+            "random-input-len": length,
+            "random-output-len": load.output_len,
+            "num-prompts": load.requests * concurrency,
+            "num-warmups": concurrency,
+            "max-concurrency": concurrency,
+            "seed": number * 1000 + n,  # new prompts in each run, the same for each variant
+        }
+        try:
+            found = driver.run(options)
+        except ServerFailed as error:
+            raise BadInput(f"vllm bench serve, {case}: {error.cause()}") from error
+        if found["completed"] != options["num-prompts"]:
+            raise BadInput(f"vllm bench serve, {case}: {found['completed']} of {options['num-prompts']} were answered")
+        values = {
+            "output_tokens_per_s": found["output_throughput"],
+            "output_tokens_per_s_per_request": found["output_throughput"] / concurrency,
+            "tpot_ms": found["median_tpot_ms"],
+            "itl_ms": found["median_itl_ms"],
+            "ttft_ms": found["median_ttft_ms"],
+        }
+        run.add(number, variant, case, values)
 
 
 def turns(run: EngineRun) -> Iterator[tuple[int, str]]:
@@ -99,70 +139,42 @@ def verified(variant: str, stock: Any, found: Any) -> str:
 @contextmanager
 def started(
     run: EngineRun,
-    variant: str,
+    variants: Sequence[str],
     directory: Path,
     *,
     model: str | None = None,
     more: Sequence[str] = (),
     settings: Mapping[str, str] | None = None,
-) -> Iterator[Server]:
-    """A server of one variant that is what its name says. Raises BenchError, and keeps the log of a failed start.
+) -> Iterator[list[Server]]:
+    """A server of each variant, started at once; each is what its name says. Raises BenchError.
 
     Args:
-        model, more, settings: another model, further arguments and further environment variables of the server.
+        model, more, settings: another model, further arguments and further environment variables of the servers.
     """
-    env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **run.variants[variant], **(settings or {})}
-    arguments = [*run.vllm_arguments, *more]
+
+    def launched(variant: str) -> AbstractContextManager[Server]:
+        env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **run.variants[variant], **(settings or {})}
+        return launch(model or run.model, env=env, directory=directory, arguments=[*run.vllm_arguments, *more])
+
+    with ExitStack() as stack:
+        servers = {variant: stack.enter_context(launched(variant)) for variant in variants}
+        try:
+            waiting = servers
+            while waiting := {variant: server for variant, server in waiting.items() if not _answers(variant, server)}:
+                time.sleep(POLL_SECONDS)
+            for variant, server in servers.items():
+                require_at_work(variant, server.log_text())
+            yield list(servers.values())
+        finally:
+            for server in servers.values():
+                server.process.terminate()  # all of them; then each is waited for
+
+
+def _answers(variant: str, server: Server) -> bool:
+    """:meth:`Server.answers`, with the variant in the error; keeps the log of a failed start."""
     try:
-        with serve(model or run.model, env=env, directory=directory, arguments=arguments) as server:
-            require_at_work(variant, server.log_text())
-            yield server
+        return server.answers()
     except ServerFailed as error:
         log = Path(tempfile.gettempdir(), f"gdn-bench-{variant}-{time.time_ns()}.log")
         log.write_text(error.log)
         raise BadInput(f"{variant}: {error.cause()} (its log: {log})") from error
-
-
-def _drive(run: EngineRun, server: Server, load: Load, concurrency: int, seed: int) -> dict[str, float]:
-    """One run of ``vllm bench serve``. The prompts are new in each run, and the same for each variant."""
-    directory = server.log_path.parent
-    result = directory / "result.json"
-    result.unlink(missing_ok=True)
-    options = {
-        "model": run.model,
-        "served-model-name": json.loads(server.get("/v1/models"))["data"][0]["id"],
-        "base-url": server.url,
-        "dataset-name": "random",
-        "random-input-len": load.input_len,
-        "random-output-len": load.output_len,
-        "num-prompts": load.requests * concurrency,
-        "num-warmups": concurrency,
-        "max-concurrency": concurrency,
-        "seed": seed,
-        "result-dir": directory,
-        "result-filename": result.name,
-    }
-    command = [*VLLM, "bench", "serve", "--ignore-eos", "--save-result", "--disable-tqdm"]
-    command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    env = os.environ | {PLUGINS: run.variants[OFF][PLUGINS]}
-    failed = f"vllm bench serve at concurrency {concurrency}"
-    log = directory / "client.log"
-    with log.open("wb") as out:
-        client = subprocess.Popen(command, cwd=directory, env=env, stdout=out, stderr=out, start_new_session=True)
-        try:
-            client.wait()
-        finally:
-            end_group(client)
-    if client.returncode or not result.exists():
-        error = ServerFailed(f"status {client.returncode}", log.read_text(errors="replace"))
-        raise BadInput(f"{failed}: {error.cause()}")
-    found = json.loads(result.read_text())
-    if found["completed"] != load.requests * concurrency:
-        raise BadInput(f"{failed}: {found['completed']} of {load.requests * concurrency} requests were answered")
-    return {
-        "output_tokens_per_s": found["output_throughput"],
-        "output_tokens_per_s_per_request": found["output_throughput"] / concurrency,
-        "tpot_ms": found["median_tpot_ms"],
-        "itl_ms": found["median_itl_ms"],
-        "ttft_ms": found["median_ttft_ms"],
-    }

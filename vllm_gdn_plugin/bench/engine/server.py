@@ -1,6 +1,7 @@
 """A ``vllm serve`` of our own: start it, wait until it answers, stop it with all that it has started."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -24,12 +25,12 @@ STOP_SECONDS = 20
 POLL_SECONDS = 0.1
 LOG_TAIL_LINES = 30
 
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
-"""The command ``vllm``, of this Python."""
+CLI = "vllm.entrypoints.cli.main"
+"""The command ``vllm``, as a module."""
 
 
 class ServerFailed(RuntimeError):
-    """The server stopped, or did not answer in time. The message ends with the end of its log."""
+    """A process of vLLM stopped, or did not answer in time. The message ends with the end of its log."""
 
     def __init__(self, what: str, log: str) -> None:
         tail = [f"  | {line}" for line in log.splitlines()[-LOG_TAIL_LINES:]]
@@ -43,16 +44,31 @@ class ServerFailed(RuntimeError):
         return f"{self.what}: {errors[-1]}" if errors else self.what
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
-    """A running server."""
+    """A server, from the start of its process."""
 
     url: str
     """``http://127.0.0.1:PORT``"""
     log_path: Path
-    pid: int
-    seconds: float
+    process: "subprocess.Popen[bytes]"
+    began: float
+    seconds: float = math.nan
     """From the start of the process to the first answer of ``/health``."""
+
+    def answers(self) -> bool:
+        """Whether ``/health`` answers. Raises ServerFailed once it will not any more."""
+        seconds = time.monotonic() - self.began
+        if self.process.poll() is not None:
+            raise ServerFailed(f"the server stopped with {self.process.returncode}", self.log_text())
+        if seconds > START_SECONDS:
+            raise ServerFailed(f"the server did not answer within {START_SECONDS} s", self.log_text())
+        try:
+            with urllib.request.urlopen(self.url + "/health", timeout=5):
+                self.seconds = time.monotonic() - self.began
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
 
     def log_text(self) -> str:
         """What it has logged so far."""
@@ -81,19 +97,28 @@ class Server:
 def serve(
     model: Path | str, *, env: Mapping[str, str], directory: Path, arguments: Sequence[str] = ()
 ) -> Iterator[Server]:
-    """Serve ``model`` on a free port of 127.0.0.1, and stop it when the block ends, however it ends.
+    """:func:`launch`, and wait until it answers. Raises ServerFailed if it does not come up."""
+    with launch(model, env=env, directory=directory, arguments=arguments) as server:
+        while not server.answers():
+            time.sleep(POLL_SECONDS)
+        yield server
+
+
+@contextmanager
+def launch(
+    model: Path | str, *, env: Mapping[str, str], directory: Path, arguments: Sequence[str] = ()
+) -> Iterator[Server]:
+    """Start to serve ``model`` on a free port of 127.0.0.1, and stop when the block ends, however it ends.
 
     Args:
         model, arguments: what follows ``vllm serve``.
         env: the whole environment of the server.
         directory: where it runs, and where its log is written.
-
-    Raises ServerFailed if it does not come up.
     """
     log_path = directory / f"server-{time.time_ns()}.log"
     port = _free_port()
-    command = [*VLLM, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
-    started = time.monotonic()
+    command = [sys.executable, "-m", CLI, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
+    began = time.monotonic()
     with log_path.open("wb") as log:
         # From `directory`, so that Python imports installed packages, not the current tree; as a process group of its
         # own, so that all of it can be stopped.
@@ -107,9 +132,7 @@ def serve(
             start_new_session=True,
         )
     try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_healthy(process, url, log_path)
-        yield Server(url, log_path, process.pid, time.monotonic() - started)
+        yield Server(f"http://127.0.0.1:{port}", log_path, process, began)
     finally:
         try:
             process.terminate()
@@ -119,7 +142,7 @@ def serve(
             end_group(process)
 
 
-def end_group(process: "subprocess.Popen[bytes]") -> None:
+def end_group(process: "subprocess.Popen[Any]") -> None:
     """Kill ``process``, started with ``start_new_session=True``, and all that it has started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -130,16 +153,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _wait_until_healthy(process: "subprocess.Popen[bytes]", url: str, log_path: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ServerFailed(f"the server stopped with {process.returncode}", log_path.read_text(errors="replace"))
-        try:
-            with urllib.request.urlopen(url + "/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(POLL_SECONDS)
-    raise ServerFailed(f"the server did not answer within {START_SECONDS} s", log_path.read_text(errors="replace"))

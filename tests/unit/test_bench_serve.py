@@ -1,0 +1,205 @@
+"""`bench serve` with a `vllm` that only says it serves: which engines start when, how clients run, what is kept."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_gdn_plugin.bench.engine import server
+from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
+from vllm_gdn_plugin.bench.engine.variants import OFF, variants
+from vllm_gdn_plugin.bench.errors import BadInput
+from vllm_gdn_plugin.bench.results import Machine
+
+pytest.importorskip("psutil", reason="psutil is not installed")
+from vllm_gdn_plugin.bench.engine.serve import Load, measure
+
+NEEDS = ("torch", "numpy", "scipy", "matplotlib", "tqdm")
+MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+
+VLLM = """
+import json, os, pathlib, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+HERE = pathlib.Path(os.environ["FAKE_VLLM"])
+strategy = os.environ.get("VLLM_GDN_PLUGIN_STRATEGY", "off")
+
+def option(name):
+    return sys.argv[sys.argv.index(name) + 1]
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        if self.path == "/health" and len(list(HERE.glob("started-*"))) < int(os.environ.get("FAKE_TOGETHER", "1")):
+            return self.send_error(503)
+        self.say({"data": [{"id": "a model"}]})
+
+    def do_POST(self):
+        if not json.loads(self.rfile.read(int(self.headers["Content-Length"]))).get("return_tokens_as_token_ids"):
+            return self.send_error(400)  # a model's ids may be more than its tokenizer has words
+        (HERE / f"asked-{strategy}").touch()
+        self.say({"choices": [{"logprobs": {"tokens": ["token_id:1"], "token_logprobs": [-1.0]}}]})
+
+    def say(self, body):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+if sys.argv[1] == "serve":
+    if os.environ.get("FAKE_REFUSES") == strategy:
+        while len(list(HERE.glob("started-*"))) < 2:
+            time.sleep(0.01)
+        raise ValueError("no room")
+    server = ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Answers)
+    print("" if strategy == "off" else "vllm-gdn-plugin 0: at work on 3 of 4 GDN layers", flush=True)
+    asked = sorted(path.name for path in HERE.glob("asked-*"))
+    HERE.joinpath(f"new-{strategy}").write_text(json.dumps([os.getpid(), *asked]))
+    HERE.joinpath(f"new-{strategy}").rename(HERE / f"started-{strategy}")
+    server.serve_forever()
+assert sys.argv[1:3] == ["bench", "serve"]
+if "--help" in sys.argv:
+    sys.exit(0)
+with (HERE / "clients").open("a") as file:
+    print(json.dumps([os.getpid(), *sys.argv[3:]]), file=file)
+if option("--max-concurrency") == os.environ.get("FAKE_FAILS"):
+    raise ValueError("no such concurrency")
+if option("--max-concurrency") == os.environ.get("FAKE_HANGS"):
+    time.sleep(600)
+print("0\\n1")  # as status of the process: what vLLM prints is not taken for it
+found = dict.fromkeys(("output_throughput", "median_tpot_ms", "median_itl_ms", "median_ttft_ms"), 1.0)
+found["completed"] = int(option("--num-prompts"))
+pathlib.Path(option("--result-dir"), option("--result-filename")).write_text(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory whose `vllm` is the one above, which keeps its records there."""
+    package = tmp_path / "path" / "vllm" / "entrypoints" / "cli"
+    package.mkdir(parents=True)
+    for directory in (package, package.parent, package.parent.parent):
+        (directory / "__init__.py").write_text("")
+    (package / "main.py").write_text(VLLM)
+    path = [str(tmp_path / "path"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.setenv("FAKE_VLLM", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(server, "START_SECONDS", 60)
+    return tmp_path
+
+
+def measured(load: Load, strategies: list[str], vllm_arguments: list[str]) -> EngineRun:
+    """Two rounds, side by side."""
+    machine = Machine("cpu", "a processor", "3.11.0", "0.1.0", "2.13.0")
+    run = EngineRun(SERVE, "command", "2026-01-01", 2, "a model", vllm_arguments, variants(strategies), machine)
+    progress = SimpleNamespace(set_description=print, update=print)
+    try:
+        measure(run, load, side_by_side=True, progress=progress)
+    except BadInput as error:
+        run.stopped = str(error)
+    return run
+
+
+def clients(directory: Path) -> list[list[Any]]:
+    """(process, its arguments) of each `vllm bench serve`."""
+    return [json.loads(line) for line in (directory / "clients").read_text().splitlines()]
+
+
+def option(client: list[Any], name: str) -> str:
+    return str(client[client.index(name) + 1])
+
+
+def started(directory: Path) -> dict[str, list[Any]]:
+    """(process, the engines that had been asked by then) of each `vllm serve`."""
+    return {path.name.removeprefix("started-"): json.loads(path.read_text()) for path in directory.glob("started-*")}
+
+
+def no_process_is_left(directory: Path) -> bool:
+    known = [*started(directory).values(), *(clients(directory) if (directory / "clients").exists() else [])]
+    for process, *_ in known:
+        with suppress(ProcessLookupError):
+            os.kill(process, 0)
+            return False
+    return True
+
+
+KV_CACHE = ["--kv-cache-memory-bytes", "1000"]
+BOTH = ["fused", "dual_stream"]
+ONE = Load([1], [8], 4, 1)
+
+
+def test_engines_with_a_cache_of_given_size_start_at_once(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TOGETHER", "3")  # none is healthy before all have started
+    run = measured(Load([1, 2], [8, 64], 4, 1), BOTH, KV_CACHE)
+    assert run.stopped is None
+    assert run.verified.keys() == set(BOTH)
+    assert started(here).keys() == {OFF, *BOTH}
+    cases = [f"{length} in, concurrency {count}" for length in (8, 64) for count in (1, 2)]
+    order = [OFF, *BOTH, *BOTH, OFF]
+    assert [(s.variant, s.case) for s in run.samples] == [(name, case) for name in order for case in cases]
+    ran = clients(here)
+    assert len({client[0] for client in ran}) == 1  # one process, which has imported vLLM once
+    assert len({option(client, "--base-url") for client in ran}) == 3
+    lengths = [option(client, "--random-input-len") for client in ran[:4]]
+    assert lengths == ["8", "8", "64", "64"]
+    seeds = [option(client, "--seed") for client in ran]
+    assert (seeds[:4], len(set(seeds))) == (seeds[4:8], 8)
+    assert no_process_is_left(here)
+
+
+def test_other_engines_start_one_after_the_other(here: Path) -> None:
+    assert measured(ONE, BOTH, []).stopped is None
+    assert started(here)["dual_stream"][1:] == ["asked-fused", "asked-off"]
+
+
+def test_an_engine_that_does_not_start_stops_the_others(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_TOGETHER", "3")  # off and fused wait for dual_stream
+    monkeypatch.setenv("FAKE_REFUSES", "dual_stream")
+    run = measured(ONE, BOTH, KV_CACHE)
+    assert run.stopped
+    assert "dual_stream: the server stopped with 1: ValueError: no room (its log: " in run.stopped
+    assert set(started(here)) == {OFF, "fused"}
+    assert no_process_is_left(here)
+
+
+def test_a_client_that_fails_gets_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_FAILS", "2")
+    run = measured(Load([1, 2], [8], 4, 1), ["fused"], KV_CACHE)
+    assert run.stopped == "vllm bench serve, concurrency 2: status 1: ValueError: no such concurrency"
+    assert [(s.variant, s.case) for s in run.samples] == [(OFF, "concurrency 1")]
+    assert no_process_is_left(here)
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_when_it_is_interrupted_it_keeps_what_was_measured(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_HANGS", "2")
+    line = [sys.executable, "-m", "vllm_gdn_plugin", "bench", "serve", "--model", "a model", "--device", "cpu"]
+    line += [
+        "--side-by-side",
+        "--input-len",
+        "8,64",
+        "--concurrency",
+        "1,2",
+        "--output",
+        str(here / "out"),
+        "--",
+        *KV_CACHE,
+    ]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (here / "clients").exists() or len(clients(here)) < 2:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "interrupted; kept: 2 of 12 steps" in errors.splitlines()[-1]
+    run = json.loads((here / "out" / "serve.json").read_text())
+    assert [(s["variant"], s["case"]) for s in run["samples"]] == [(OFF, "8 in, concurrency 1")]
+    assert no_process_is_left(here)
