@@ -58,7 +58,8 @@ def generate(options: argparse.Namespace) -> Any:
         speculative_config={"method": "mtp", "num_speculative_tokens": 2} if options.mtp else None,
         max_model_len=1024,
         max_num_seqs=8,
-        gpu_memory_utilization=0.1,
+        gpu_memory_utilization=0.01,  # asked of the GPU's free memory, but not used where the next one is given
+        kv_cache_memory_bytes=1 << 30,
         enable_prefix_caching=not options.mtp,
         attention_backend="FLASH_ATTN",
         gdn_prefill_backend="triton",
