@@ -70,7 +70,7 @@ def proof_of_release(row: dict[str, Any]) -> tuple[str, ...]:
 
 def results() -> str:
     bf16, fp8 = (load(RESULTS / f"h200-projections-{precision}.json") for precision in ("bfloat16", "fp8"))
-    serve = load(RESULTS / "h200-35B-A3B" / "serve.json")
+    serve = load(RESULTS / "h200-35B-A3B-16-layers" / "serve.json")
     assert isinstance(serve, EngineRun)
     machine = bf16.machine
     entry_point = json.loads((RESULTS / "entry_point.json").read_text())
@@ -111,15 +111,31 @@ In a process that builds no GDN layer the entry point costs {statistics.median(c
 
 
 def engine(run: EngineRun) -> str:
-    """What a whole engine gains at one request at a time, and all that its result says against itself."""
-    found = {m: shown(changes(run, m, "concurrency 1", FUSED)) for m in ("output_tokens_per_s", "tpot_ms", "ttft_ms")}
-    rounds = len(run.values("tpot_ms", "concurrency 1", FUSED))
-    return f"""A model with the widths of Qwen3.5-35B-A3B in bf16, 24 of its 40 layers and random weights, served to one
-client by vLLM {run.machine.vllm} on an {run.machine.hardware}, fused against stock: output tokens/s
-{found["output_tokens_per_s"]}, TPOT {found["tpot_ms"]}, TTFT {found["ttft_ms"]}
-(geometric mean and 95 % interval of {rounds} interleaved rounds: the run was cut short, and at concurrency 8 it has no
-second pair, so nothing is claimed there: [every number](benchmarks/results/h200-35B-A3B/serve.md)). Other strategies,
-models and precisions have not been served."""
+    """What whole engines side by side show, and all that their result says against itself."""
+    cases = run.cases("tpot_ms")
+    names = [name for name in run.variants if name != OFF]
+    rounds = len(run.values("tpot_ms", cases[0], OFF))
+    for metric in ("output_tokens_per_s", "ttft_ms"):
+        found = [changes(run, metric, case, name) for case in cases for name in names]
+        assert not any(change is None or change.shows_difference for change in found), f"{metric}: see the text below"
+    lines = [f"| requests at once | stock | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for case in cases:
+        stock = statistics.median(run.values("tpot_ms", case, OFF).values())
+        cells = (shown(changes(run, "tpot_ms", case, name)) for name in names)
+        lines.append(f"| {case.removeprefix('concurrency ')} | {stock:.2f} ms | {' | '.join(cells)} |")
+    table = "\n".join(lines)
+    return f"""A model with the widths of Qwen3.5-35B-A3B in bf16, 16 of its 40 layers and random weights; stock and the
+plugin's strategies side by side on one {run.machine.hardware} (vLLM {run.machine.vllm}, torch {run.machine.torch},
+driver {run.machine.driver}), driven in turn by `vllm bench serve` with prompts of 8 tokens and answers of 128. Median
+time per output token (TPOT) and its change, with the 95 % interval of {rounds} interleaved rounds (the last of them
+was cut short, and a test ran beside the first):
+
+{table}
+
+With few requests at once the times scatter by more than there is to gain; so do output tokens/s and TTFT everywhere:
+no difference shown ([every number, and the command](benchmarks/results/h200-35B-A3B-16-layers/serve.md)). An
+[earlier run](benchmarks/results/h200-35B-A3B-24-layers/serve.md) with 24 layers had two rounds. Start-up and memory have
+not been measured on a GPU, nor have other models been served."""
 
 
 def decode_step() -> str:
@@ -132,7 +148,7 @@ norm before the projections to the end of the recurrent kernel, {medians(bf16, W
 kernels that read the projections: causal conv1d, {medians(bf16, "conv1d")}; recurrent kernel,
 {medians(bf16, "decode")} (medians of {len(bf16["sections_us"][OFF][WALL])}:
 [every part, with its spread](benchmarks/results/h200-decode-35B-A3B.md)). The picture shows one layer of median length,
-up to its output projection. fused has not been traced.
+up to its output projection. Around the projections all three run the same kernels.
 
 ![The kernels of one GDN layer over time, by stream](benchmarks/results/h200-timeline.png)
 
@@ -144,9 +160,10 @@ python benchmarks/timeline.py record MODEL TRACES --engine '{json.dumps(about["e
 **FP8 and the norm.** The op keeps the quantisation of its input apart from the norm before it. So does stock vLLM
 {machine.vllm} for blocks of 128 x 128, the format of the official checkpoints: its pass that fuses the two leaves out
 norms whose weight has another dtype than the activations, and the weight of these models' norm is float32. In the
-[trace of a stock engine](benchmarks/results/h200-decode-27B-FP8.md) with the widths of Qwen3.5-27B they are two
-kernels: norm, {medians(fp8, "norm")}; quantisation, {medians(fp8, "quantisation")}. An FP8 engine with dual_stream, and
-other FP8 formats, have not been traced."""
+[traces of engines](benchmarks/results/h200-decode-27B-FP8.md) with the widths of Qwen3.5-27B they are two kernels in
+both: norm, {medians(fp8, "norm")}; quantisation, {medians(fp8, "quantisation")}. From the start of
+the norm to the end of the recurrent kernel: {medians(fp8, WALL)}; beside `in_proj_ba`, the FP8 GEMM
+takes longer ({medians(fp8, "in_proj_qkvz")}). Other FP8 formats have not been traced."""
 
 
 def medians(traced: dict[str, Any], label: str) -> str:

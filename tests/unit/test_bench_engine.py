@@ -43,6 +43,7 @@ def run_of(kind: str = SERVE, factors: tuple[float, ...] = (1.0, 1.0, 1.0)) -> E
         machine=MACHINE,
         load="some load" if kind == SERVE else "",
         verified={"auto": "the same 16 tokens"},
+        said={"auto": "vllm-gdn-plugin 0.1.0: fused on 3 of 4 GDN layers"},
     )
     for number, factor in enumerate(factors):
         stock = 10.0 + number
@@ -85,8 +86,8 @@ AT_WORK = "INFO vllm-gdn-plugin 0.1.0: fused on 3 of 4 GDN layers (platform cuda
 
 
 def test_an_engine_must_be_what_its_name_says() -> None:
-    require_at_work(OFF, "nothing of ours")
-    require_at_work("auto", AT_WORK)
+    assert require_at_work(OFF, "nothing of ours") == ""
+    assert require_at_work("auto", f"first\n{AT_WORK}\nlast") == AT_WORK.removeprefix("INFO ")
     with pytest.raises(WrongResult, match="without the plugin has loaded it"):
         require_at_work(OFF, AT_WORK)
     for log in (AT_WORK.replace("3 of 4", "0 of 4"), "vllm-gdn-plugin 0.1.0 steps aside: because"):
@@ -142,6 +143,7 @@ def test_equal_samples_are_reported_as_no_difference(tmp_path: Path) -> None:
     text = markdown(run_of())
     rows = [line for line in text.splitlines() if line.startswith(("| concurrency", "| start"))]
     assert len(rows) == 4
+    assert "- auto logged: vllm-gdn-plugin 0.1.0: fused on 3 of 4 GDN layers" in text.splitlines()
     assert all("no difference shown" in row for row in rows)
     slower = markdown(run_of(factors=(1.10, 1.11, 1.10)))
     row = next(line for line in slower.splitlines() if line.startswith("| concurrency 4"))

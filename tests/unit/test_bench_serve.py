@@ -140,7 +140,8 @@ def test_engines_with_a_cache_of_given_size_start_at_once(here: Path, monkeypatc
     monkeypatch.setenv("FAKE_TOGETHER", "3")  # none is healthy before all have started
     run = measured(Load([1, 2], [8, 64], 4, 1), BOTH, KV_CACHE)
     assert run.stopped is None
-    assert run.verified.keys() == set(BOTH)
+    assert run.verified.keys() == run.said.keys() == set(BOTH)
+    assert all(" GDN layers" in line for line in run.said.values())
     assert started(here).keys() == {OFF, *BOTH}
     cases = [f"{length} in, concurrency {count}" for length in (8, 64) for count in (1, 2)]
     order = [OFF, *BOTH, *BOTH, OFF]

@@ -59,6 +59,8 @@ class EngineRun:
     """What the clients asked for, in words."""
     verified: dict[str, str] = field(default_factory=dict)
     """By variant: how its answer compares with the stock engine's."""
+    said: dict[str, str] = field(default_factory=dict)
+    """By variant: the plugin's line in the log of the engine that was started last."""
     stopped: str | None = None
     """Why samples are missing, or None where none is."""
     samples: list[Sample] = field(default_factory=list)

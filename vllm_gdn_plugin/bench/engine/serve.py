@@ -163,7 +163,9 @@ def started(
             while waiting := {variant: server for variant, server in waiting.items() if not _answers(variant, server)}:
                 time.sleep(POLL_SECONDS)
             for variant, server in servers.items():
-                require_at_work(variant, server.log_text())
+                line = require_at_work(variant, server.log_text())
+                if line:
+                    run.said[variant] = line
             yield list(servers.values())
         finally:
             for server in servers.values():

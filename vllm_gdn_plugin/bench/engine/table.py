@@ -50,6 +50,7 @@ def _about(run: EngineRun) -> list[str]:
     if run.load:
         lines.append(f"- `vllm bench serve`: {run.load}")
     lines += [f"- one greedy answer of {variant} against {OFF}'s: {how}" for variant, how in run.verified.items()]
+    lines += [f"- {variant} logged: {line}" for variant, line in run.said.items()]
     if run.stopped:
         lines.append(f"- **not complete**: {run.stopped}")
     return lines

@@ -50,8 +50,8 @@ def _plugins_with_ours(environment: Mapping[str, str]) -> dict[str, str]:
     return {PLUGINS: ",".join(names if NAME in names else [*names, NAME])}
 
 
-def require_at_work(name: str, log: str) -> None:
-    """Raises unless the engine's log says that the plugin did what the variant's name says.
+def require_at_work(name: str, log: str) -> str:
+    """The line in the engine's log that says what the plugin did; raises unless it is what the variant's name says.
 
     Without this, a plugin that stepped aside would be compared with itself.
     """
@@ -59,8 +59,9 @@ def require_at_work(name: str, log: str) -> None:
     if name == OFF:
         if lines:
             raise WrongResult(f"the engine without the plugin has loaded it: {lines[0]}")
-        return
+        return ""
     at_work = [line for line in lines if re.search(r" on [1-9]\d* of \d+ GDN layers", line)]
     if not at_work:
         why = lines[-1] if lines else "its log says nothing of it"
         raise BadInput(f"with {STRATEGY}={name} the plugin does nothing here: {why}")
+    return at_work[-1]
