@@ -11,6 +11,7 @@ import statistics
 import sys
 from itertools import groupby
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from vllm_gdn_plugin.bench.engine.compile import COLD, WARM
@@ -134,8 +135,8 @@ was cut short, and a test ran beside the first):
 
 With few requests at once the times scatter by more than there is to gain; so do output tokens/s and TTFT everywhere:
 no difference shown ([every number, and the command](benchmarks/results/h200-35B-A3B-16-layers/serve.md)). An
-[earlier run](benchmarks/results/h200-35B-A3B-24-layers/serve.md) with 24 layers had two rounds. Start-up and memory have
-not been measured on a GPU, nor have other models been served."""
+[earlier run](benchmarks/results/h200-35B-A3B-24-layers/serve.md) with 24 layers had two rounds. Start-up and memory
+have not been measured on a GPU, nor have other models been served."""
 
 
 def decode_step() -> str:
@@ -239,6 +240,14 @@ def graphs(run: EngineRun) -> str:
     return "\n".join(lines)
 
 
+def wrapped(text: str) -> str:
+    """The paragraphs of prose filled anew, since numbers of another length were put into them."""
+    return "\n\n".join(
+        part if part.startswith(("|", "```", "![")) else fill(part, 120, break_long_words=False, break_on_hyphens=False)
+        for part in text.split("\n\n")
+    )
+
+
 def filled(text: str) -> str:
     for name, make in {
         "strategies": strategies,
@@ -248,7 +257,7 @@ def filled(text: str) -> str:
         "start-up": start_up,
     }.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        body = f"{start}\n{make()}\n{end}"
+        body = f"{start}\n{wrapped(make())}\n{end}"
         text = re.sub(f"{start}.*?{end}", lambda match, body=body: body, text, flags=re.DOTALL)
     return text
 

@@ -55,7 +55,7 @@ def require_at_work(name: str, log: str) -> str:
 
     Without this, a plugin that stepped aside would be compared with itself.
     """
-    lines = re.findall(r"vllm-gdn-plugin.*", log)
+    lines: list[str] = re.findall(r"vllm-gdn-plugin.*", log)
     if name == OFF:
         if lines:
             raise WrongResult(f"the engine without the plugin has loaded it: {lines[0]}")
