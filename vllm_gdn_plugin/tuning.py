@@ -40,6 +40,7 @@ class Case:
     hidden_size: int
     qkvz: ProjectionFacts
     ba: ProjectionFacts
+    quantization: str
     ways: tuple[str, ...]
     """The strategies to choose from, the planned one first."""
 
@@ -61,6 +62,7 @@ def case_of(facts: LayerFacts, hidden_size: int, gpu: str) -> Case:
         hidden_size,
         facts.qkvz,
         facts.ba,
+        facts.quantization,
         choices(facts),
     )
 
@@ -89,7 +91,7 @@ def _span(run: list[int]) -> str:
 
 def recall(case: Case, directory: Path) -> Times:
     """The times that were kept for this case; none where there is no file, or one that cannot be used."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with suppress(Exception):
         kept = json.loads(case.file(directory).read_text(encoding="utf-8"))
         if kept["case"] == json.loads(json.dumps(asdict(case))):
             return {
