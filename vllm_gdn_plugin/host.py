@@ -243,7 +243,8 @@ def gpu() -> str:
     import torch
     from vllm.platforms import current_platform
 
-    return str(current_platform.get_device_name(torch.cuda.current_device() if torch.cuda.is_initialized() else 0))
+    # vLLM counts the devices of this engine, one data-parallel replica, and torch those of the machine.
+    return str(torch.cuda.get_device_name() if torch.cuda.is_initialized() else current_platform.get_device_name())
 
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")

@@ -209,6 +209,18 @@ def test_the_stream_is_left_as_vllm_knows_it(
     assert known.value == before
 
 
+@pytest.mark.parametrize(("initialized", "name"), [(True, "the second GPU"), (False, "Stub Device")])
+def test_the_gpu_is_the_one_of_this_process(
+    ours: Any, plugin: Any, initialized: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a second data-parallel replica vLLM knows one device, the first, where torch's index is 1."""
+    cuda = importlib.import_module("torch.cuda")
+    monkeypatch.setattr(cuda, "is_initialized", lambda: initialized, raising=False)
+    monkeypatch.setattr(cuda, "current_device", lambda: 1, raising=False)
+    monkeypatch.setattr(cuda, "get_device_name", lambda: "the second GPU", raising=False)
+    assert ours.gpu() == name
+
+
 @pytest.mark.parametrize(
     ("text", "version"),
     [
