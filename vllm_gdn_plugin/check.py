@@ -181,7 +181,7 @@ def _timed(group: LayerGroup, report: Report, settings: Settings) -> str:
     chosen = fastest({tokens: time for tokens, time in times.items() if tokens <= settings.max_tokens}, ways)
     if chosen:
         return f"; in CUDA graphs {described(chosen)} (timed at an earlier start)"
-    return f"; in CUDA graphs {', '.join(ways[:-1])} or {ways[-1]}, to be timed on this GPU at the first start"
+    return f"; in CUDA graphs {', '.join(ways[:-1])} or {ways[-1]}, as timed on this GPU when the engine starts"
 
 
 def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report:

@@ -3,6 +3,7 @@
 An answer before the engine is started. The engine decides on the layers that vLLM has built, with the same rules.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -122,9 +123,15 @@ def read_groups(
             activation_dtype=dtype,
             batch_invariant=batch_invariant,
             overlap_allowed=overlap_allowed,
+            quantization=digest(quantization),
         )
         groups.setdefault(facts, []).append(layer)
     return [LayerGroup(tuple(layers), hidden, facts, plan(facts, request)) for facts, layers in groups.items()]
+
+
+def digest(quantization: Any) -> str:
+    """A short name for a checkpoint's quantisation config; empty for none."""
+    return hashlib.sha256(repr(quantization).encode()).hexdigest()[:16] if quantization else ""
 
 
 def _load(path: Path) -> Mapping[str, Any]:

@@ -39,6 +39,7 @@ HELPERS = {
     "vllm.utils.multi_stream_utils": ("maybe_execute_in_parallel",),
     "vllm.utils.torch_utils": (
         "LayerNameType",
+        "_current_stream_tls",
         "_encode_layer_name",
         "_resolve_layer_name",
         "aux_stream",

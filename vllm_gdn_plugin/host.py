@@ -4,13 +4,15 @@ import importlib.util
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vllm_gdn_plugin.checkpoint import digest
 from vllm_gdn_plugin.plan import LayerFacts, ProjectionFacts
 
 
@@ -125,7 +127,14 @@ def layer_facts(layer: Any, requested_platform: str) -> LayerFacts:
         offload=offload.uva.cpu_offload_gb > 0 or offload.prefetch.offload_group_size > 0,
         weights_in_place=_on_one_device(layer),
         breakable_graphs=bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False)),
+        quantization=_quantization(config.model_config),
     )
+
+
+def _quantization(model: Any) -> str:
+    checkpoint = getattr(model, "hf_config", None)
+    text = getattr(checkpoint, "text_config", None)
+    return digest(getattr(checkpoint, "quantization_config", None) or getattr(text, "quantization_config", None))
 
 
 def _on_one_device(layer: Any) -> bool:
@@ -190,14 +199,36 @@ def after_loading(action: Callable[[Any], None]) -> Any:
 
 def captured_sizes() -> tuple[int, ...]:
     """The numbers of tokens for which vLLM will capture a CUDA graph, as far as its configuration tells; none where
-    the model's memory is vLLM's own allocator's (sleep mode), in which nothing else should be captured meanwhile."""
+    the model's memory is vLLM's own allocator's (sleep mode), in which nothing else should be captured meanwhile.
+
+    With speculative decoding vLLM rounds them up to whole requests, for graphs that only decode, once the model is
+    loaded: both are told.
+    """
     from vllm.config.vllm import get_current_vllm_config
 
     config = get_current_vllm_config()
     model = config.model_config
     if getattr(model, "enable_sleep_mode", False) or getattr(model, "enable_cumem_allocator", False):
         return ()
-    return tuple(getattr(config.compilation_config, "cudagraph_capture_sizes", None) or ())
+    sizes = set(getattr(config.compilation_config, "cudagraph_capture_sizes", None) or ())
+    request = 1 + config.num_speculative_tokens
+    rounded = {-(-size // request) * request for size in sizes}
+    return tuple(sorted(sizes | {size for size in rounded if size <= max(sizes)}))
+
+
+@contextmanager
+def unchanged_stream() -> Iterator[None]:
+    """Leave the current stream, and what vLLM knows of it, as they were: an engine whose stream nobody has set takes
+    one of its own when vLLM first asks for it."""
+    import torch
+    from vllm.utils.torch_utils import _current_stream_tls
+
+    stream, known = torch.cuda.current_stream(), getattr(_current_stream_tls, "value", None)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(stream)
+        _current_stream_tls.value = known
 
 
 def tuning_directory() -> Path:
@@ -212,7 +243,8 @@ def gpu() -> str:
     import torch
     from vllm.platforms import current_platform
 
-    return str(current_platform.get_device_name(torch.cuda.current_device() if torch.cuda.is_initialized() else 0))
+    # vLLM counts the devices of this engine, one data-parallel replica, and torch those of the machine.
+    return str(torch.cuda.get_device_name() if torch.cuda.is_initialized() else current_platform.get_device_name())
 
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")

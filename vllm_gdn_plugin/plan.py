@@ -33,7 +33,7 @@ class ProjectionFacts:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """All that the plan for one GDN layer depends on."""
+    """All that the plan for one GDN layer, and the times of the ways to run it, depend on."""
 
     platform: str
     qkvz: ProjectionFacts
@@ -50,6 +50,9 @@ class LayerFacts:
     """vLLM captures breakable CUDA graphs, which cannot record a fork and join across their breaks."""
     overlap_allowed: bool = True
     """``VLLM_GDN_PLUGIN_MAX_TOKENS`` is not 0: there are batches that dual_stream may overlap."""
+    quantization: str = ""
+    """Digest of the checkpoint's quantisation config: with another, a linear method may run other kernels. Only for the
+    times; no rule asks for it."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +166,9 @@ def plan(facts: LayerFacts, request: str) -> Plan:
 
 
 def choices(facts: LayerFacts) -> tuple[str, ...]:
-    """The strategies between which ``auto`` may choose by their times, the planned one first; none without CUDA graphs,
-    or where serial is all there is."""
-    if facts.platform != "cuda" or not facts.cuda_graphs:
+    """The strategies between which ``auto`` may choose by their times, the planned one first; none where serial is all
+    there is, without CUDA graphs of a size to time, or where a weight may lie on the CPU when it would be timed."""
+    if facts.platform != "cuda" or not facts.cuda_graphs or not facts.overlap_allowed or facts.offload:
         return ()
     allowed = tuple(strategy for strategy, rules in RULES.items() if all(rule.holds(facts) for rule in rules))
     return (*allowed, SERIAL) if allowed else ()

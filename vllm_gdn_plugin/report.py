@@ -93,7 +93,7 @@ def warn_once(what: str, reason: str) -> None:
     """
     if what not in _said:
         _said.add(what)
-        if _answers_yes(host.is_first_rank):
+        if _answers_yes(host.is_first_rank_of_stage):
             _log("warning", f"{what}: {reason}")
 
 

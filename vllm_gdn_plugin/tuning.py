@@ -6,7 +6,6 @@ size for which vLLM captures a CUDA graph (:mod:`vllm_gdn_plugin.ways`), and the
 
 import hashlib
 import json
-import os
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
@@ -40,6 +40,7 @@ class Case:
     hidden_size: int
     qkvz: ProjectionFacts
     ba: ProjectionFacts
+    quantization: str
     ways: tuple[str, ...]
     """The strategies to choose from, the planned one first."""
 
@@ -61,6 +62,7 @@ def case_of(facts: LayerFacts, hidden_size: int, gpu: str) -> Case:
         hidden_size,
         facts.qkvz,
         facts.ba,
+        facts.quantization,
         choices(facts),
     )
 
@@ -89,7 +91,7 @@ def _span(run: list[int]) -> str:
 
 def recall(case: Case, directory: Path) -> Times:
     """The times that were kept for this case; none where there is no file, or one that cannot be used."""
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    with suppress(Exception):
         kept = json.loads(case.file(directory).read_text(encoding="utf-8"))
         if kept["case"] == json.loads(json.dumps(asdict(case))):
             return {
@@ -103,7 +105,7 @@ def keep(case: Case, times: Times, directory: Path) -> None:
     """Keep the times for the next start, also while other ranks do the same. Raises OSError."""
     file = case.file(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}")
+    unfinished = file.with_suffix(f".{uuid4().hex}")  # containers that share the directory may share process ids
     unfinished.write_text(json.dumps({"case": asdict(case), "microseconds": times}, indent=1), encoding="utf-8")
     unfinished.replace(file)
 

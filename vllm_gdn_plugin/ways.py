@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_gdn_plugin import host
 from vllm_gdn_plugin.op import SERIALLY, fork_and_join, project_apart, project_fused_apart
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
 from vllm_gdn_plugin.timing import CudaTimer
@@ -36,7 +37,7 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     dtype = getattr(torch, case.qkvz.dtype)
     times: Times = {}
     own = torch.Generator("cuda").manual_seed(0)  # the engine samples with the default one
-    with torch.no_grad():
+    with host.unchanged_stream(), torch.inference_mode():  # the latter as the engine: Dynamo would compile twice
         xs = {n: torch.randn(n, case.hidden_size, dtype=dtype, device="cuda", generator=own) for n in sizes}
         for tokens in (sizes[0], sizes[-1]):  # what vLLM would compile later at any rate is not on our account
             _all_layers(ways[SERIAL], layers[:1], xs[tokens])

@@ -170,6 +170,22 @@ def test_a_fused_layer_takes_two_gemms_only_in_a_graph_of_a_size_that_was_timed_
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("tuned", [{TOKENS: "serial"}, {TOKENS: "dual_stream"}, {TOKENS + 1: "serial"}, {}], ids=str)
+def test_side_by_side_unless_this_very_size_was_timed_as_slower(
+    layers: Callable[[int], list[str]], tuned: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.overlap import StaysSerial
+
+    (name,) = layers(1)
+    layer = op.host.layer_by_name(name)
+    layer.gdn_tuned = tuned
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    on_a_gpu: Any = SimpleNamespace(is_cuda=True, size=torch.empty(TOKENS, HIDDEN).size)
+    slower = tuned.get(TOKENS) == "serial"
+    assert op.why_serial(layer, on_a_gpu) is (StaysSerial.TIMED_SLOWER if slower else None)
+
+
 @pytest.mark.parametrize("projection", ["in_proj_qkvz", "in_proj_ba"])
 @pytest.mark.parametrize(
     ("strategy", "fault"),

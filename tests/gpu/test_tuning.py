@@ -93,6 +93,7 @@ def test_the_tuner_times_chooses_and_remembers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
+    from vllm.utils import torch_utils
 
     from vllm_gdn_plugin import host
     from vllm_gdn_plugin.tuning import Tuner
@@ -104,6 +105,7 @@ def test_the_tuner_times_chooses_and_remembers(
     torch.cuda.synchronize()
     free, _ = torch.cuda.mem_get_info()
     random = torch.cuda.get_rng_state()
+    stream, known = torch.cuda.current_stream(), getattr(torch_utils._current_stream_tls, "value", None)
     tuner, phrases = Tuner(), [""]
     while "earlier" not in phrases[-1]:  # what does not fit into one start's time is timed at the next
         before = layers[0].gdn_tuned.keys()
@@ -119,6 +121,8 @@ def test_the_tuner_times_chooses_and_remembers(
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
     assert torch.equal(torch.cuda.get_rng_state(), random), "or the engine would sample other tokens than stock"
+    assert torch.cuda.current_stream() == stream
+    assert torch_utils._current_stream_tls.value is known, "or vLLM would not take a stream of its own"
     assert free - torch.cuda.mem_get_info()[0] <= LEFT_BEHIND
 
 

@@ -94,6 +94,7 @@ config = Config(
     compilation_config=Config(cudagraph_mode=Config(name="FULL")),
     model_config=Config(dtype="torch.bfloat16", enforce_eager=False),
     lora_config=None,
+    num_speculative_tokens=0,
     offload_config=Config(uva=Config(cpu_offload_gb=0), prefetch=Config(offload_group_size=0)),
 )
 
@@ -241,6 +242,9 @@ if opaque is None:
     _encode_layer_name = _resolve_layer_name = str
 else:
     LayerNameType = opaque.Name
+
+
+_current_stream_tls = None
 
 
 def aux_stream():

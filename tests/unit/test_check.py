@@ -17,9 +17,10 @@ import pytest
 import vllm_gdn_plugin
 from vllm_gdn_plugin.check import GROUP, NAME
 from vllm_gdn_plugin.cli import main
-from vllm_gdn_plugin.contract import GDN_CLASSES
+from vllm_gdn_plugin.contract import GDN_CLASSES, Contract
+from vllm_gdn_plugin.decision import refusal
 from vllm_gdn_plugin.settings import describe
-from vllm_gdn_plugin.versions import SUPPORTED_RANGE
+from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 
 GDN, OLD_GDN = GDN_CLASSES
 
@@ -471,3 +472,10 @@ def test_python_dash_m(installed: Any) -> None:
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["torch_version"] == "2.13.0+stub"
+
+
+def test_a_vllm_that_is_too_old_is_refused_for_its_age_whatever_its_source_lacks() -> None:
+    """What would help is to upgrade vLLM, not the plugin."""
+    older, breached = judge_version("0.19.1", True), Contract("module", "Class", ("there is no helper",))
+    assert refusal(older, breached) == older.reason
+    assert "upgrade vLLM" in older.reason

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from vllm_gdn_plugin.checkpoint import digest
 
 GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 
@@ -24,6 +27,10 @@ def default_unquantized_gemm() -> None:
 
 class Fp8LinearMethod:
     pass
+
+
+CHECKPOINT = SimpleNamespace(quantization_config={"bits": 4})
+FOUR_BITS = digest({"bits": 4})
 
 
 @pytest.fixture
@@ -61,6 +68,7 @@ def test_a_plain_layer(ours: Any, plugin: Any) -> None:
         "weights_in_place": True,
         "breakable_graphs": False,
         "overlap_allowed": True,
+        "quantization": "",
     }
 
 
@@ -96,6 +104,13 @@ def test_a_plain_layer(ours: Any, plugin: Any) -> None:
         ("config.offload_config.prefetch.offload_group_size", 8, {"offload": True}),
         ("envs.VLLM_BATCH_INVARIANT", True, {"batch_invariant": True}),
         ("envs.VLLM_USE_BREAKABLE_CUDAGRAPH", True, {"breakable_graphs": True}),
+        ("config.model_config.hf_config", CHECKPOINT, {"quantization": FOUR_BITS}),
+        (
+            "config.model_config.hf_config",
+            SimpleNamespace(text_config=CHECKPOINT),
+            {"quantization": FOUR_BITS},
+        ),
+        ("config.model_config.hf_config", SimpleNamespace(text_config=None), {}),
     ],
 )
 def test_what_differs_is_seen(ours: Any, plugin: Any, path: str, value: Any, facts: dict[str, Any]) -> None:
@@ -154,18 +169,56 @@ def test_a_package_without_a_directory_is_no_vllm(ours: Any, plugin: Any) -> Non
 @pytest.mark.parametrize(
     ("changes", "sizes"),
     [
-        ({}, (1, 2)),
+        ({}, (1, 2, 4, 8)),
         ({"compilation_config.cudagraph_capture_sizes": None}, ()),
         ({"compilation_config.cudagraph_capture_sizes": []}, ()),
+        ({"num_speculative_tokens": 1}, (1, 2, 4, 8)),
+        ({"num_speculative_tokens": 2}, (1, 2, 3, 4, 6, 8)),
+        ({"num_speculative_tokens": 8}, (1, 2, 4, 8)),
+        ({"compilation_config.cudagraph_capture_sizes": [], "num_speculative_tokens": 2}, ()),
         ({"model_config.enable_sleep_mode": True}, ()),
         ({"model_config.enable_cumem_allocator": True}, ()),
     ],
     ids=str,
 )
 def test_the_captured_sizes(ours: Any, plugin: Any, changes: dict[str, Any], sizes: tuple[int, ...]) -> None:
-    seen(ours, plugin, **{"config.compilation_config.cudagraph_capture_sizes": [1, 2]})
+    seen(ours, plugin, **{"config.compilation_config.cudagraph_capture_sizes": [1, 2, 4, 8]})
     seen(ours, plugin, **{f"config.{path}": value for path, value in changes.items()})
     assert ours.captured_sizes() == sizes
+
+
+@pytest.mark.parametrize("known", [SimpleNamespace(), SimpleNamespace(value=None), SimpleNamespace(value="dedicated")])
+def test_the_stream_is_left_as_vllm_knows_it(
+    ours: Any, plugin: Any, known: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM gives a process a stream of its own only where it knows of none that was set."""
+    before, streams = getattr(known, "value", None), ["dedicated" if hasattr(known, "value") else "default"]
+
+    def set_stream(stream: str) -> None:  # as vLLM patches it
+        known.value = stream
+        streams.append(stream)
+
+    cuda = importlib.import_module("torch.cuda")
+    monkeypatch.setattr(cuda, "current_stream", lambda: streams[-1], raising=False)
+    monkeypatch.setattr(cuda, "set_stream", set_stream, raising=False)
+    plugin.vllm("utils.torch_utils")._current_stream_tls = known
+    with suppress(ZeroDivisionError), ours.unchanged_stream():
+        cuda.set_stream("capture")
+        raise ZeroDivisionError
+    assert streams == [streams[0], "capture", streams[0]]
+    assert known.value == before
+
+
+@pytest.mark.parametrize(("initialized", "name"), [(True, "the second GPU"), (False, "Stub Device")])
+def test_the_gpu_is_the_one_of_this_process(
+    ours: Any, plugin: Any, initialized: bool, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a second data-parallel replica vLLM knows one device, the first, where torch's index is 1."""
+    cuda = importlib.import_module("torch.cuda")
+    monkeypatch.setattr(cuda, "is_initialized", lambda: initialized, raising=False)
+    monkeypatch.setattr(cuda, "current_device", lambda: 1, raising=False)
+    monkeypatch.setattr(cuda, "get_device_name", lambda: "the second GPU", raising=False)
+    assert ours.gpu() == name
 
 
 @pytest.mark.parametrize(

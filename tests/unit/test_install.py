@@ -420,6 +420,12 @@ def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monk
     for part in ("dual_stream on 3 of 3 GDN layers", "platform cuda", "vLLM 0.32.0"):
         assert part in message
     assert "dual_stream" in plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"]
+    for layer in layers:
+        layer.quant_method.process_weights_after_loading(layer)
+    assert len(plugin.said) == 1, "a reload changes nothing"
+    another = plugin.import_gdn()("layers.0")
+    another.quant_method.process_weights_after_loading(another)
+    assert "dual_stream on 1 of 1 GDN layers" in plugin.said[1][1], "and a second engine has a line of its own"
 
 
 @pytest.mark.parametrize(
@@ -431,8 +437,9 @@ def test_auto_chooses_by_time_and_what_is_asked_for_by_name_does_not(
     plugin: Any, variables: dict[str, str], timed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     added: list[Any] = []
+    ran: list[Any] = []
     tuner = SimpleNamespace(
-        add=lambda layer, facts: added.append((layer, facts)), run=lambda last: "words" if last is layers[-1] else None
+        add=lambda layer, facts: added.append((layer, facts)), run=lambda last: ran.append(last) or "words"
     )
     monkeypatch.setattr(plugin.install, "tuner", tuner)
     for name, text in variables.items():
@@ -447,6 +454,7 @@ def test_auto_chooses_by_time_and_what_is_asked_for_by_name_does_not(
             layer.quant_method.process_weights_after_loading(layer)
         ((_, message),) = plugin.said
         assert message.endswith("(platform cuda, vLLM 0.32.0); in CUDA graphs words")
+        assert ran == layers[-1:], "the others' weights are in place by then, and not before"
 
 
 IN_PLACE = {
@@ -666,6 +674,9 @@ def test_each_pipeline_stage_speaks_for_its_own_layers(
         layer.quant_method.process_weights_after_loading(layer)
     told = "LoRA is enabled" if refused else f"dual_stream on 1 of 1 GDN layers{stage} (platform cuda"
     assert [told in message for _, message in plugin.said] == ([] if stage is None else [True])
+    for _ in range(2):
+        importlib.import_module("vllm_gdn_plugin.report").warn_once("what befell a layer", "why")
+    assert sum("what befell a layer: why" in message for _, message in plugin.said) == (stage is not None)
 
 
 @pytest.mark.parametrize(

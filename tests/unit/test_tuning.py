@@ -16,15 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_gdn_plugin import host, tuning
+from vllm_gdn_plugin.checkpoint import digest
 from vllm_gdn_plugin.overlap import UNQUANTIZED
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL, LayerFacts, ProjectionFacts
 from vllm_gdn_plugin.tuning import MARGIN, Case, Times, Tuner, case_of, described, fastest, keep, recall
 
 BF16 = ProjectionFacts(UNQUANTIZED, "bfloat16", 12288)
 BA = replace(BF16, output_size=64)
+FP8 = replace(BF16, linear_method="Fp8LinearMethod")
 FACTS = LayerFacts("cuda", BF16, BA, "bfloat16")
 ALL = (FUSED, DUAL_STREAM, SERIAL)
-CASE = Case("NVIDIA H200", "580.1", "2.11.0", "0.26.0", "0.1.0", 2048, BF16, BA, ALL)
+CASE = Case("NVIDIA H200", "580.1", "2.11.0", "0.26.0", "0.1.0", 2048, BF16, BA, "", ALL)
 OTHER: dict[str, Any] = {
     "gpu": "NVIDIA H100",
     "driver": "",
@@ -34,6 +36,7 @@ OTHER: dict[str, Any] = {
     "hidden_size": 4096,
     "qkvz": replace(BF16, output_size=3072),
     "ba": replace(BA, dtype="float16"),
+    "quantization": "0123456789abcdef",
     "ways": (FUSED, SERIAL),
 }
 
@@ -109,6 +112,8 @@ def test_times_are_kept_for_their_case_alone(tmp_path: Path) -> None:
         lambda kept: kept.replace('"case"', '"cause"'),
         lambda kept: kept.replace('"fused": 3', '"fussed": 3'),
         lambda kept: kept.replace('"fused": 3', '"fused": "fast"'),
+        lambda kept: kept.replace('"fused": 3', '"fused": 1' + 400 * "0"),
+        lambda kept: 100_000 * "[",
         lambda kept: kept.replace('"1"', '"one"'),
         lambda kept: kept.replace('"microseconds": {', '"microseconds": 5, "more": {'),
     ],
@@ -210,8 +215,7 @@ def test_what_cannot_be_timed_in_its_time_stays_planned(engine: Engine, monkeypa
 
 
 def test_layers_of_two_kinds_are_timed_apart(engine: Engine) -> None:
-    fp8 = replace(FACTS, qkvz=replace(BF16, linear_method="Fp8LinearMethod"))
-    one, two = engine.layers(2), engine.layers(2, fp8)
+    one, two = engine.layers(2), engine.layers(2, replace(FACTS, qkvz=FP8))
     phrase = engine.tuner.run(two[-1])
     assert [(layers, case.ways) for layers, case, _ in engine.timed] == [
         (one, ALL),
@@ -236,8 +240,9 @@ def test_a_layer_that_went_back_to_serial_is_left_alone(engine: Engine) -> None:
         (FACTS, (8, 16), 2, None),
         (replace(FACTS, cuda_graphs=False), (1, 2), 1024, None),
         (replace(FACTS, platform="cpu"), (1, 2), 1024, None),
+        (replace(FACTS, offload=True, qkvz=FP8), (1, 2), 1024, None),
     ],
-    ids=["some sizes are too large", "no captured sizes", "all are too large", "no CUDA graphs", "a CPU"],
+    ids=["some sizes are too large", "no captured sizes", "all are too large", "no CUDA graphs", "a CPU", "offload"],
 )
 def test_only_what_can_be_chosen_is_timed(
     engine: Engine, facts: LayerFacts, sizes: tuple[int, ...], max_tokens: int, timed: list[int] | None
@@ -296,7 +301,7 @@ def test_a_directory_that_cannot_be_written_costs_the_next_start_its_times(
 def test_ranks_that_keep_their_times_at_once_leave_a_whole_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each writes a file of its own and puts it in place in one step."""
+    """Each writes a file of its own, also where two containers have one process id, and puts it in place at once."""
     written: list[Path] = []
     write = Path.write_text
 
@@ -305,8 +310,7 @@ def test_ranks_that_keep_their_times_at_once_leave_a_whole_file(
         return write(self, text, **how)
 
     monkeypatch.setattr(Path, "write_text", record)
-    for pid in (11, 12):
-        monkeypatch.setattr(tuning.os, "getpid", lambda pid=pid: pid)
+    for _ in range(2):
         keep(CASE, TIMES, tmp_path)
     assert all(one != other for one, other in pairwise([*written, CASE.file(tmp_path)]))
     assert json.loads(CASE.file(tmp_path).read_text())["microseconds"]["64"] == TIMES[64]
@@ -316,3 +320,9 @@ def test_the_case_of_a_layer_is_the_one_that_check_asks_for(engine: Engine) -> N
     layers = engine.layers(2)
     engine.tuner.run(layers[-1])
     assert engine.timed[0][1] == case_of(FACTS, 2048, "NVIDIA H200")
+
+
+def test_layers_of_another_quantisation_are_another_case(engine: Engine) -> None:
+    """compressed-tensors, say, has one linear method for every precision."""
+    cases = [case_of(replace(FACTS, quantization=digest({"bits": bits})), 2048, "NVIDIA H200") for bits in (4, 8)]
+    assert cases[0] != cases[1]
