@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,8 @@ class Answers(BaseHTTPRequestHandler):
     def do_POST(self):
         if not json.loads(self.rfile.read(int(self.headers["Content-Length"]))).get("return_tokens_as_token_ids"):
             return self.send_error(400)  # a model's ids may be more than its tokenizer has words
+        if os.environ.get("FAKE_DIES") == strategy:
+            os._exit(3)
         (HERE / f"asked-{strategy}").touch()
         self.say({"choices": [{"logprobs": {"tokens": ["token_id:1"], "token_logprobs": [-1.0]}}]})
 
@@ -171,6 +174,14 @@ def test_an_engine_that_does_not_start_stops_the_others(here: Path, monkeypatch:
     assert no_process_is_left(here)
 
 
+def test_an_engine_that_dies_gets_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_DIES", "fused")
+    run = measured(ONE, ["fused"], KV_CACHE)
+    assert run.stopped
+    assert "does not answer as expected: Remote end closed connection without response" in run.stopped
+    assert no_process_is_left(here)
+
+
 def test_a_client_that_fails_gets_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_FAILS", "2")
     run = measured(Load([1, 2], [8], 4, 1), ["fused"], KV_CACHE)
@@ -197,10 +208,13 @@ def test_when_it_is_interrupted_it_keeps_what_was_measured(here: Path, monkeypat
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (here / "clients").exists() or len(clients(here)) < 2:
         assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    while process.poll() is None:  # only the first one counts
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
     _, errors = process.communicate()
     assert process.returncode == 130
     assert "interrupted; kept: 2 of 12 steps" in errors.splitlines()[-1]
+    assert (here / "out" / "serve.png").exists()
     run = json.loads((here / "out" / "serve.json").read_text())
     assert [(s["variant"], s["case"]) for s in run["samples"]] == [(OFF, "8 in, concurrency 1")]
     assert no_process_is_left(here)
