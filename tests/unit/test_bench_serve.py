@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 
 from vllm_gdn_plugin.bench.engine import server
+from vllm_gdn_plugin.bench.engine.client import client
 from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
+from vllm_gdn_plugin.bench.engine.server import ServerFailed
 from vllm_gdn_plugin.bench.engine.variants import OFF, variants
 from vllm_gdn_plugin.bench.errors import BadInput
 from vllm_gdn_plugin.bench.results import Machine
@@ -72,6 +74,8 @@ if "--help" in sys.argv:
     sys.exit(0)
 with (HERE / "clients").open("a") as file:
     print(json.dumps([os.getpid(), *sys.argv[3:]]), file=file)
+if "--ends-early" in sys.argv:
+    sys.exit(option("--ends-early") or None)
 if option("--max-concurrency") == os.environ.get("FAKE_FAILS"):
     raise ValueError("no such concurrency")
 if option("--max-concurrency") == os.environ.get("FAKE_HANGS"):
@@ -80,6 +84,8 @@ print("0\\n1")  # as status of the process: what vLLM prints is not taken for it
 found = dict.fromkeys(("output_throughput", "median_tpot_ms", "median_itl_ms", "median_ttft_ms"), 1.0)
 found["completed"] = int(option("--num-prompts"))
 pathlib.Path(option("--result-dir"), option("--result-filename")).write_text(json.dumps(found))
+if "--ends-late" in sys.argv:
+    sys.exit(option("--ends-late"))
 """
 
 
@@ -152,6 +158,7 @@ def test_engines_with_a_cache_of_given_size_start_at_once(here: Path, monkeypatc
     ran = clients(here)
     assert len({client[0] for client in ran}) == 1  # one process, which has imported vLLM once
     assert len({option(client, "--base-url") for client in ran}) == 3
+    assert all("--ignore-eos" in client for client in ran)  # so that every answer is as long as asked for
     lengths = [option(client, "--random-input-len") for client in ran[:4]]
     assert lengths == ["8", "8", "64", "64"]
     seeds = [option(client, "--seed") for client in ran]
@@ -188,6 +195,25 @@ def test_a_client_that_fails_gets_one_line(here: Path, monkeypatch: pytest.Monke
     assert run.stopped == "vllm bench serve, concurrency 2: status 1: ValueError: no such concurrency"
     assert [(s.variant, s.case) for s in run.samples] == [(OFF, "concurrency 1")]
     assert no_process_is_left(here)
+
+
+def test_no_run_of_a_client_is_taken_for_another(here: Path) -> None:
+    works = {"max-concurrency": 1, "num-prompts": 2}
+    with client(os.environ, here) as driver:
+        assert driver.run(works)["completed"] == 2
+        for options, what, log in (
+            ({"ends-early": "no room"}, "status 1", {"no room"}),
+            ({"ends-early": ""}, "status 0", set()),
+            ({"ends-late": "too slow"}, "status 1", {"0", "1", "too slow"}),
+        ):
+            with pytest.raises(ServerFailed) as failed:
+                driver.run(works | options)
+            assert (failed.value.what, set(failed.value.log.splitlines())) == (what, log)
+        process = clients(here)[0][0]
+        os.kill(process, signal.SIGKILL)
+        os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(ServerFailed, match="its process is gone"):
+            driver.run(works)
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
