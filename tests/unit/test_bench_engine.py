@@ -238,7 +238,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_cause_of_a_failed_start_is_one_line() -> None:
-    log = "INFO a\nERROR [x.py:1] Traceback:\nERROR [x.py:2] ValueError: no such model\nINFO the end"
+    log = "INFO a\nERROR [x.py:1] KeyError: 'first'\nERROR [x.py:2] ValueError: no such model\nINFO the end"
     error = ServerFailed("the server stopped with 1", log)
     assert error.cause() == "the server stopped with 1: ValueError: no such model"
     assert "  | INFO the end" in str(error)
