@@ -77,8 +77,9 @@ if sys.argv[1] == "serve":
         raise ValueError("no room")
     assert option("--host") == "127.0.0.1"
     signal.signal(signal.SIGTERM, end)
-    graphs = pathlib.Path(os.environ.get("VLLM_CACHE_ROOT", HERE), "aotautograd")
-    graphs.joinpath(str(len(list(graphs.glob("*"))))).mkdir(parents=True)  # one more than there were
+    if "VLLM_CACHE_ROOT" in os.environ:  # bench compile's
+        graphs = pathlib.Path(os.environ["VLLM_CACHE_ROOT"], "aotautograd")
+        graphs.joinpath(str(len(list(graphs.glob("*"))))).mkdir(parents=True)  # one more than there were
     server = ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Answers)
     print("" if strategy == "off" else "vllm-gdn-plugin 0: at work on 3 of 4 GDN layers", flush=True)
     asked = sorted(path.name for path in HERE.glob("asked-*"))
