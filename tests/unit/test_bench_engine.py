@@ -120,6 +120,7 @@ def test_answers_are_compared_up_to_the_first_token_that_differs() -> None:
 
 
 @needs_report
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_few_rounds_show_a_difference_only_where_it_is_larger_than_their_spread() -> None:
     from vllm_gdn_plugin.bench.stats import paired_change
 

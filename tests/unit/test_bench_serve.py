@@ -80,6 +80,8 @@ if sys.argv[1] == "serve":
     if "VLLM_CACHE_ROOT" in os.environ:  # bench compile's
         graphs = pathlib.Path(os.environ["VLLM_CACHE_ROOT"], "aotautograd")
         graphs.joinpath(str(len(list(graphs.glob("*"))))).mkdir(parents=True)  # one more than there were
+        caches = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        assert len({pathlib.Path(os.environ[name]).parent for name in caches}) == 1
     server = ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Answers)
     print("" if strategy == "off" else "vllm-gdn-plugin 0: at work on 3 of 4 GDN layers", flush=True)
     asked = sorted(path.name for path in HERE.glob("asked-*"))
