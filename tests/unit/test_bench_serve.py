@@ -33,7 +33,7 @@ NEEDS = ("torch", "numpy", "scipy", "matplotlib", "tqdm")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 
 VLLM = """
-import json, os, pathlib, signal, subprocess, sys, time
+import json, os, pathlib, signal, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 HERE = pathlib.Path(os.environ["FAKE_VLLM"])
@@ -44,7 +44,10 @@ def option(name):
 
 class Answers(BaseHTTPRequestHandler):
     def do_GET(self):
-        if self.path == "/health" and len(list(HERE.glob("started-*"))) < int(os.environ.get("FAKE_TOGETHER", "1")):
+        if self.path == "/health" and (
+            len(list(HERE.glob("started-*"))) < int(os.environ.get("FAKE_TOGETHER", "1"))
+            or (HERE / f"dying-{strategy}").exists()
+        ):
             return self.send_error(503)
         if self.path == "/metrics":
             return self.say('vllm:cache_config_info{block_size="16",num_gpu_blocks="7"} 1.0')
@@ -56,7 +59,12 @@ class Answers(BaseHTTPRequestHandler):
         if asked["temperature"] != 0 or not asked.get("return_tokens_as_token_ids"):
             return self.send_error(400)
         if os.environ.get("FAKE_DIES") == strategy:
-            os._exit(3)
+            print("MemoryError: no more", flush=True)
+            if os.environ["FAKE_DYING"] == "at once":
+                os._exit(3)
+            (HERE / f"dying-{strategy}").touch()
+            threading.Timer(0.5, os._exit, [3]).start()
+            return self.send_error(500)
         (HERE / f"asked-{strategy}").touch()
         self.say({"choices": [{"logprobs": {"tokens": ["token_id:1"], "token_logprobs": [-1.0]}}]})
 
@@ -260,11 +268,16 @@ def test_an_engine_that_does_not_start_stops_the_others(here: Path, monkeypatch:
     assert no_process_is_left(here)
 
 
-def test_an_engine_that_dies_gets_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dying", ["at once", "later"])
+def test_an_engine_that_dies_gets_one_line_and_keeps_its_log(
+    here: Path, dying: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FAKE_DIES", "fused")
+    monkeypatch.setenv("FAKE_DYING", dying)
     run = measured(ONE, ["fused"], KV_CACHE)
     assert run.stopped
-    assert "does not answer as expected: Remote end closed connection without response" in run.stopped
+    assert run.stopped.startswith("fused: the server stopped with 3: ")
+    assert "MemoryError: no more" in Path(run.stopped.partition("(its log: ")[2].rstrip(")")).read_text()
     assert no_process_is_left(here)
 
 
