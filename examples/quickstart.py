@@ -21,6 +21,7 @@ from progress import step
 from serving import MODEL_NAME, engine_env, serve
 
 from vllm_gdn_plugin.bench.engine.server import ServerFailed
+from vllm_gdn_plugin.bench.errors import BenchError
 
 NAME = "vllm-gdn-plugin"  # begins each line that the plugin logs
 PROMPT = "Gated Delta Net layers project the same hidden states twice."
@@ -85,7 +86,7 @@ def ask(model: Path, env: dict[str, str], args: list[str], what: str) -> tuple[d
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (ServerFailed, subprocess.CalledProcessError) as error:
+    except (ServerFailed, BenchError, subprocess.CalledProcessError) as error:
         sys.exit(f"FAILED: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: the server is stopped and its files are removed")

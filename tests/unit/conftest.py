@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -380,6 +381,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         if name.startswith("VLLM_"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # the command line sets it: put back afterwards
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """`bench` takes over SIGINT and SIGTERM; a test gives them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

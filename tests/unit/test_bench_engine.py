@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from vllm_gdn_plugin.bench import cli
 from vllm_gdn_plugin.bench.engine.results import COMPILE, SERVE, EngineRun
 from vllm_gdn_plugin.bench.engine.server import ServerFailed
 from vllm_gdn_plugin.bench.engine.variants import OFF, plugins_without_ours, require_at_work, variants
@@ -119,6 +120,7 @@ def test_answers_are_compared_up_to_the_first_token_that_differs() -> None:
 
 
 @needs_report
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_few_rounds_show_a_difference_only_where_it_is_larger_than_their_spread() -> None:
     from vllm_gdn_plugin.bench.stats import paired_change
 
@@ -186,6 +188,20 @@ def test_a_damaged_file_gets_one_line(damage: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@needs("numpy", "scipy", "matplotlib", "tqdm")
+@pytest.mark.parametrize("number", cli.ENDING)
+def test_no_signal_ends_the_writing(number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = EngineRun.save
+
+    def interrupted(run: EngineRun, path: Path) -> None:
+        signal.raise_signal(number)
+        save(run, path)
+
+    monkeypatch.setattr(EngineRun, "save", interrupted)
+    assert cli._measured(run_of(), tmp_path / "serve.json", 1, lambda progress: None) == 0
+    assert (tmp_path / "serve.png").exists()
+
+
 # Wrong input
 
 
@@ -223,7 +239,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_the_cause_of_a_failed_start_is_one_line() -> None:
-    log = "INFO a\nERROR [x.py:1] Traceback:\nERROR [x.py:2] ValueError: no such model\nINFO the end"
+    log = "INFO a\nERROR [x.py:1] KeyError: 'first'\nERROR [x.py:2] ValueError: no such model\nINFO the end"
     error = ServerFailed("the server stopped with 1", log)
     assert error.cause() == "the server stopped with 1: ValueError: no such model"
     assert "  | INFO the end" in str(error)
@@ -236,12 +252,3 @@ def test_what_serves_needs_nothing_but_the_standard_library() -> None:
     assert set(loaded) - set(sys.stdlib_module_names) <= {"vllm_gdn_plugin", "packaging"} | {
         name for name in loaded if name.startswith(("__editable__", "_", "sitecustomize"))
     }
-
-
-@pytest.fixture(autouse=True)
-def _signals() -> Any:
-    """The command takes over SIGINT and SIGTERM; a test gives them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

@@ -27,20 +27,32 @@ exit status:
 
 TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
 STATISTICS = ("numpy", "scipy", "matplotlib")
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run ``bench ARGUMENTS``; returns its exit status."""
     options = _parser().parse_args(arguments)
     command = shlex.join(["vllm-gdn-plugin", "bench", *arguments])
-    for signum in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores SIGINT: no server is left behind
-        signal.signal(signum, signal.default_int_handler)
+    for signum in ENDING:  # also where a shell ignores SIGINT: no server is left behind
+        signal.signal(signum, _interrupt)
     try:
         return int(options.run(options, command))
     except BenchError as error:
         return _complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _complain("interrupted; nothing was measured", EXIT_INTERRUPTED)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """The first signal ends the measuring; no other may end what follows: servers are stopped, files are written."""
+    _ignore_signals()
+    raise KeyboardInterrupt
+
+
+def _ignore_signals() -> None:
+    for signum in ENDING:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _complain(line: str, exit_code: int) -> int:
@@ -244,6 +256,8 @@ def _measured(run: "Run | EngineRun", path: Path, steps: int, measure: Callable[
             run.stopped, exit_code = "interrupted", EXIT_INTERRUPTED
         except BenchError as error:
             run.stopped, exit_code = str(error), error.exit_code
+        finally:
+            _ignore_signals()
     if not run.is_empty():
         from vllm_gdn_plugin.bench.report import write_report
 

@@ -80,7 +80,10 @@ def _bench_serve(arguments: Sequence[str]) -> int:
     try:
         runpy.run_module(CLI, run_name="__main__")
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)  # as Python does
+        return 1
     except Exception:
         traceback.print_exc()
         return 1

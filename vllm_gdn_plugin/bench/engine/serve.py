@@ -2,10 +2,11 @@
 
 import json
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from vllm_gdn_plugin.bench.engine import probe
 from vllm_gdn_plugin.bench.engine.client import Client, client
 from vllm_gdn_plugin.bench.engine.results import EngineRun
-from vllm_gdn_plugin.bench.engine.server import POLL_SECONDS, Server, ServerFailed, launch
+from vllm_gdn_plugin.bench.engine.server import POLL_SECONDS, STOP_SECONDS, Server, ServerFailed, launch
 from vllm_gdn_plugin.bench.engine.variants import OFF, PLUGINS, require_at_work
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 
@@ -166,14 +167,22 @@ def started(
                 line = require_at_work(variant, server.log_text())
                 if line:
                     run.said[variant] = line
-            yield list(servers.values())
+            try:
+                yield list(servers.values())
+            except BadInput:
+                for variant, server in servers.items():
+                    if not _answers(variant, server):  # then it is stopping, and the reason
+                        with suppress(subprocess.TimeoutExpired):
+                            server.process.wait(STOP_SECONDS)
+                        _answers(variant, server)
+                raise
         finally:
             for server in servers.values():
                 server.process.terminate()  # all of them; then each is waited for
 
 
 def _answers(variant: str, server: Server) -> bool:
-    """:meth:`Server.answers`, with the variant in the error; keeps the log of a failed start."""
+    """:meth:`Server.answers`, with the variant in the error; keeps the log of a server that has stopped."""
     try:
         return server.answers()
     except ServerFailed as error:

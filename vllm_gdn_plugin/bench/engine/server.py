@@ -9,11 +9,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Server:
             with urllib.request.urlopen(self.url + "/health", timeout=5):
                 self.seconds = time.monotonic() - self.began
                 return True
-        except (urllib.error.URLError, OSError):
+        except (OSError, HTTPException):
             return False
 
     def log_text(self) -> str:
@@ -89,7 +89,7 @@ class Server:
         try:
             with urllib.request.urlopen(request, timeout=600) as response:
                 return bytes(response.read())
-        except urllib.error.URLError as error:
+        except (OSError, HTTPException) as error:
             raise BadInput(f"the server at {self.url} does not answer as expected: {error}") from error
 
 
