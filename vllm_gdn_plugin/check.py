@@ -213,6 +213,8 @@ def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report
 def open_source(path: str) -> "Traversable":
     """The package directory ``vllm`` in a source tree, in a site directory, or in a wheel."""
     root: Any = Path(path)
+    if not path:
+        raise CannotTell("--vllm-source is empty")
     try:
         if root.is_file():
             root = zipfile.Path(root)

@@ -81,6 +81,25 @@ def read_groups(
     Raises:
         Unreadable: with one line that says what is wrong.
     """
+    try:
+        return _groups(
+            path,
+            tensor_parallel_size,
+            platform,
+            request,
+            batch_invariant=batch_invariant,
+            overlap_allowed=overlap_allowed,
+        )
+    except Unreadable:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise Unreadable(f"{path} is not the config.json of a model: what it holds makes no sense ({reason})") from None
+
+
+def _groups(
+    path: str, tensor_parallel_size: int, platform: str, request: str, *, batch_invariant: bool, overlap_allowed: bool
+) -> list[LayerGroup]:
     whole = _load(Path(path))
     config = whole.get("text_config", whole)
     try:
@@ -97,6 +116,8 @@ def read_groups(
         layer_types = config.get("layer_types") or _layer_types(config)
     except (KeyError, TypeError, ValueError) as error:
         raise Unreadable(f"{path} is not the config.json of a model with Gated Delta Net layers: no {error}") from None
+    if min(hidden, key_heads, value_heads, key_dim, value_dim) < 1:
+        raise Unreadable(f"{path}: a size of its Gated Delta Net layers is less than 1")
     gdn = [i for i, kind in enumerate(layer_types) if kind == "linear_attention"]
     if not gdn:
         raise Unreadable(f"{path}: none of the model's layers is a Gated Delta Net layer")
@@ -147,12 +168,15 @@ def _load(path: Path) -> Mapping[str, Any]:
     return config
 
 
+MOST_LAYERS = 100_000
+"""More than any model has; a file that says more is not a model's."""
+
+
 def _layer_types(config: Mapping[str, Any]) -> list[str]:
-    interval = int(config.get("full_attention_interval", 4))
-    return [
-        "full_attention" if (i + 1) % interval == 0 else "linear_attention"
-        for i in range(int(config["num_hidden_layers"]))
-    ]
+    interval, layers = int(config.get("full_attention_interval", 4)), int(config["num_hidden_layers"])
+    if layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers below {MOST_LAYERS}")
+    return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
 
 
 def _method(quantization: Mapping[str, Any]) -> str:

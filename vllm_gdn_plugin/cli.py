@@ -63,9 +63,17 @@ def _parser() -> argparse.ArgumentParser:
         help="check the sources of this vLLM (source tree, site directory or wheel) instead; nothing is imported",
     )
     command.add_argument("--model", metavar="PATH", help="a local model: also tell the plan for each of its GDN layers")
-    command.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="for --model (default 1)")
-    commands.add_parser("bench", help="time the two input projections on this machine", add_help=False)
+    command.add_argument("--tensor-parallel-size", type=_count, default=1, metavar="N", help="for --model (default 1)")
+    commands.add_parser(
+        "bench", help="time the input projections, or whole engines with and without the plugin", add_help=False
+    )
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text[:9]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!a} is not a whole number from 1 on")
+    return int(text[:9])
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -79,9 +87,17 @@ def _check(options: argparse.Namespace) -> int:
         if options.model is not None:
             report = check.with_model(report, options.model, options.tensor_parallel_size)
     except check.CannotTell as error:
-        print(f"vllm-gdn-plugin check: {error}", file=sys.stderr)
-        return check.EXIT_UNKNOWN
+        return _cannot_tell(str(error))
     if options.require is not None:
         report = report.required(options.require)
-    print(report.as_json() if options.json else report.as_text())
+    try:
+        print(report.as_json() if options.json else report.as_text(), flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails again when it ends
+        return _cannot_tell(f"the report cannot be written: {error.strerror}")
     return report.exit_code
+
+
+def _cannot_tell(why: str) -> int:
+    print(f"vllm-gdn-plugin check: {' '.join(why.split())}", file=sys.stderr)
+    return check.EXIT_UNKNOWN

@@ -479,3 +479,33 @@ def test_a_vllm_that_is_too_old_is_refused_for_its_age_whatever_its_source_lacks
     older, breached = judge_version("0.19.1", True), Contract("module", "Class", ("there is no helper",))
     assert refusal(older, breached) == older.reason
     assert "upgrade vLLM" in older.reason
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1.5", ""])
+def test_a_size_that_is_none_is_refused_also_without_a_model(run: Any, text: str) -> None:
+    code, out, err = run("check", f"--tensor-parallel-size={text}")
+    assert (code, out) == (2, "")
+    assert f"{text!a} is not a whole number from 1 on" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--vllm-source", ""), "--vllm-source is empty"),
+        (("--model", "one\ntwo"), "there is no one two: --model takes"),
+    ],
+)
+def test_odd_arguments_get_one_line(installed: Any, run: Any, arguments: tuple[str, ...], says: str) -> None:
+    code, out, err = run("check", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full to write to")
+def test_a_report_that_cannot_be_written_gets_one_line() -> None:
+    command = [sys.executable, "-m", "vllm_gdn_plugin", "check", "--vllm-version", "0.30.0"]
+    env = os.environ | {"PYTHONPATH": str(Path(vllm_gdn_plugin.__file__).parents[1])}
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 2
+    assert result.stderr == "vllm-gdn-plugin check: the report cannot be written: No space left on device\n"

@@ -27,8 +27,6 @@ METRICS = {
 }
 """What is measured, in the order of the report."""
 
-HIGHER_IS_BETTER = {"output_tokens_per_s", "output_tokens_per_s_per_request", "kv_cache_blocks"}
-
 
 @dataclass(frozen=True)
 class Sample:
