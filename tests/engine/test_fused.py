@@ -163,7 +163,8 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (QKVZ, BA))
         fused = FusedProjections(qkvz, ba)
         assert fused.is_loaded()
-        known[f"model.layers.{i}"] = SimpleNamespace(in_proj_qkvz=qkvz, in_proj_ba=ba, gdn_fused=fused)
+        layer = SimpleNamespace(in_proj_qkvz=qkvz, in_proj_ba=ba, gdn_fused=fused, gdn_tuned={})
+        known[f"model.layers.{i}"] = layer
     monkeypatch.setattr(host, "layer_by_name", lambda name: known[getattr(name, "value", name)])
     yield known
     torch._dynamo.reset()
