@@ -24,6 +24,16 @@ class Ledger:
         self.loading: set[str] = set()
         self.pending: set[str] = set()
 
+    def construct(self, layer_name: str) -> None:
+        """A layer has been constructed, and is serial until it is planned.
+
+        An engine has one layer of a name. So another engine begins in this process where the name is known, and what
+        an earlier one has left, unfinished if it failed to load, is none of its business.
+        """
+        if layer_name in self.strategies:
+            self.__init__()  # type: ignore[misc]
+        self.record(layer_name, SERIAL)
+
     def record(self, layer_name: str, strategy: str) -> None:
         """A layer has been planned. One that is not serial is finished once its weights are in place."""
         self.strategies[layer_name] = strategy

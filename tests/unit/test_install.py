@@ -495,13 +495,20 @@ def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(
 
 
 def test_an_engine_that_failed_to_load_does_not_silence_the_next() -> None:
-    """In one process: the layer was waiting for its weights, and is planned again, now as serial."""
-    ledger = Ledger()
-    ledger.record("a", "fused")
-    ledger.record("a", "serial")
-    ledger.record("b", "fused")
-    ledger.finish("b", "fused")
-    assert ledger.summary() == "fused on 1 of 2 GDN layers"
+    """In one process: the layers were waiting for their weights, and the next model has fewer of them."""
+    ledger, alone = Ledger(), Ledger()
+    for name in ("a", "b", "c", "d"):
+        ledger.construct(name)
+        ledger.record(name, "fused")
+    ledger.finish("a", "fused")
+    for one in (ledger, alone):
+        for name, strategy in {"a": "serial", "b": "fused"}.items():
+            one.construct(name)
+            one.record(name, strategy)
+        one.finish("b", "fused")
+        assert one.summary() == "fused on 1 of 2 GDN layers"
+        assert one.summary() == ""
+    assert ledger.state() == alone.state()
 
 
 def test_the_compile_key_tells_which_layer_runs_with_what() -> None:
@@ -621,12 +628,13 @@ def test_memory_and_handles_do_not_grow(plugin: Any, case: Any, monkeypatch: pyt
 
     stock = plugin.import_gdn()
     tracemalloc.start()
-    before, after = rounds(10), rounds(200)
+    seen = [rounds(count) for count in (10, 100, 100)]
     tracemalloc.stop()
-    files, objects, octets = (two - one for one, two in zip(before, after, strict=True))
+    # What we keep is kept in each hundred; Python's table of interned strings, of megabytes, grows once in a while.
+    files, objects, octets = (min(two - one, three - two) for one, two, three in zip(*seen, strict=True))
     assert files <= 0
-    assert objects < 200, "less than one in a round"
-    assert octets < 200 * 5000, "what Python itself caches is less; a message kept in each round would be 10000"
+    assert objects < 100, "less than one in a round"
+    assert octets < 100 * 5000, "what Python itself caches is less; a message kept in each round would be 10000"
 
 
 def test_one_process_speaks_for_all(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
