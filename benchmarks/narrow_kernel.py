@@ -336,7 +336,7 @@ def run(task: argparse.Namespace, command: str) -> int:
 
     def save(row: Row) -> None:
         result["rows"].append(row)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        path.write_text(json.dumps(result) + "\n")
 
     try:
         task.output.mkdir(parents=True, exist_ok=True)
