@@ -1,5 +1,6 @@
 """One storage behind both projections' weights, so that one GEMM gives both results."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ the row stride is divisible by 16."""
 
 SAME = 0.01
 """Two results of the same weights in bf16 differ by less than this share of their norm."""
+
+_latest: "weakref.ref[FusedProjections] | None" = None
+
+
+def release_replaced() -> None:
+    """Free the weight whose place the storage of the latest layer has taken. Called just before the next such layer is
+    constructed, which takes these very bytes for a weight of the same size, and once more when the model is loaded.
+
+    Freed at once, it would be PyTorch's allocator that has them: another kind of layer gets a part, the rest is lost.
+    """
+    latest = _latest() if _latest else None
+    if latest is not None:
+        latest.replaced = None
 
 
 class FusedProjections:
@@ -40,7 +54,10 @@ class FusedProjections:
         self._packed: tuple[Any, Any] | None = None
         self._loaded = False
         self.broken = False
+        self.replaced: torch.Tensor | None = weight.data
         qkvz.weight.data, ba.weight.data = blocks[:2]  # last: where a step before fails, the layer is as it was
+        global _latest
+        _latest = weakref.ref(self)
 
     def __getattr__(self, name: str) -> Any:
         if name == "qkvz":  # not yet there, as in a copy that is being made
@@ -50,6 +67,7 @@ class FusedProjections:
     def is_loaded(self) -> bool:
         """Called when the loader is done: let the linear method do to the one weight what it does to every weight
         (the CPU packs it), or answer False where the loader did not write into it. A reload comes here again."""
+        release_replaced()
         if self._loaded:
             return True
         if not self._is_in_place():

@@ -7,6 +7,7 @@ import torch
 from vllm.utils.torch_utils import _encode_layer_name
 
 import vllm_gdn_plugin.op  # noqa: F401  registers torch.ops.vllm_gdn_plugin
+from vllm_gdn_plugin.fused import release_replaced
 from vllm_gdn_plugin.plan import FUSED, SERIAL
 
 
@@ -58,6 +59,7 @@ def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
         is_gdn_plugin = True
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
+            release_replaced()
             super().__init__(*args, **kwargs)
             adopt(self)
 

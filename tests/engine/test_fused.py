@@ -93,7 +93,7 @@ def test_as_exact_as_the_two_projections(make_layer: Callable[..., Layer], model
 def test_one_storage_holds_both_weights_and_nothing_else_is_kept(make_layer: Callable[..., Layer]) -> None:
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from vllm_gdn_plugin.fused import ROW_ALIGNMENT, FusedProjections
+    from vllm_gdn_plugin.fused import ROW_ALIGNMENT, FusedProjections, release_replaced
 
     hidden, qkvz, ba = SHAPES["27B"]
     ba -= 8  # so that there is padding
@@ -101,6 +101,7 @@ def test_one_storage_holds_both_weights_and_nothing_else_is_kept(make_layer: Cal
     projections = (layer.in_proj_qkvz, layer.in_proj_ba)
     old = [StorageWeakRef(p.weight.untyped_storage()) for p in projections]
     fused = FusedProjections(*projections)
+    release_replaced()
     assert all(storage.expired() for storage in old)
     weights = (fused.weight, *(p.weight for p in projections))
     assert len({w.untyped_storage().data_ptr() for w in weights}) == 1
@@ -112,6 +113,36 @@ def test_one_storage_holds_both_weights_and_nothing_else_is_kept(make_layer: Cal
     one = StorageWeakRef(fused.weight.untyped_storage())
     load(layer, fused)
     assert one.expired(), "the CPU has packed the weights, and the storage they were loaded into is still alive"
+
+
+@pytest.mark.parametrize("when", ["the next layer is constructed", "the model is loaded"])
+def test_a_replaced_weight_is_kept_until(make_layer: Callable[..., Layer], when: str) -> None:
+    """So that the next layer finds all of its bytes free, and not what another kind of layer has left of them."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.layer import make_layer_class
+
+    layers = [make_layer(SHAPES["9B"]) for _ in range(2)]
+    old = [StorageWeakRef(layer.in_proj_qkvz.weight.untyped_storage()) for layer in layers]
+    gone = []
+
+    class Stock:
+        def __init__(self) -> None:
+            gone.append([storage.expired() for storage in old])
+
+    made = make_layer_class(Stock, lambda _: None)
+    fused = []
+    for layer in layers:
+        made()
+        fused.append(FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba))
+    assert gone == [[False, False], [True, False]]
+    assert [storage.expired() for storage in old] == [True, False]
+    if when == "the model is loaded":
+        load(layers[0], fused[0])
+    else:
+        made()
+    assert [storage.expired() for storage in old] == [True, True]
 
 
 @pytest.mark.parametrize("reason", ["VLLM_BATCH_INVARIANT", "cpu_offload_gb", "offload_group_size"])

@@ -1,6 +1,7 @@
 """One GEMM for both projections on a GPU: as close to float64 as the two are, and never on a stale weight."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,9 @@ from gpu_layers import SHAPES, TOKENS
 
 TOLERANCE = 1.05
 """The error against float64 may be at most this many times that of the two separate projections."""
+LAYERS = 4
+ROUNDED_TO = 2 * 2**20
+"""Bytes: what PyTorch's allocator asks the GPU for is a multiple of this."""
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 4])
@@ -38,14 +42,39 @@ def test_as_exact_as_serial(make_layer: Callable[..., Any], model: str, tensor_p
 def test_takes_no_more_memory_than_the_two_weights(make_layer: Callable[..., Any]) -> None:
     import torch
 
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.fused import FusedProjections, release_replaced
 
     layer = make_layer(SHAPES["9B"])
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+    release_replaced()
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
+
+
+def test_leaves_no_gaps_between_the_weights_of_a_model(vllm_config: Any) -> None:
+    """Other layers' weights, a little smaller, are not laid into the place of a weight that was replaced."""
+    import torch
+
+    from vllm_gdn_plugin.fused import FusedProjections, release_replaced
+
+    hidden, qkvz, ba = SHAPES["27B"]
+
+    def weight(rows: int) -> Any:
+        return torch.nn.Parameter(torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda"), requires_grad=False)
+
+    def gaps() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+    before, kept = gaps(), []
+    for _ in range(LAYERS):
+        release_replaced()
+        fused = FusedProjections(SimpleNamespace(weight=weight(qkvz)), SimpleNamespace(weight=weight(ba)))
+        kept += [fused, weight(qkvz * 7 // 8)]
+    release_replaced()
+    assert gaps() - before <= (LAYERS + 1) * ROUNDED_TO
 
 
 def test_a_weight_written_in_place_is_seen_and_a_moved_one_is_noticed(make_layer: Callable[..., Any]) -> None:

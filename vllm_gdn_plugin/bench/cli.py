@@ -196,7 +196,9 @@ def _serve(options: argparse.Namespace, command: str) -> int:
     from vllm_gdn_plugin.bench.engine.serve import Load, measure
 
     load = Load(concurrency, input_len, output_len, requests)
-    run.load = f"{load}{'; engines side by side, idle while another is driven' if options.side_by_side else ''}"
+    run.load = f"`vllm bench serve`: {load}"
+    if options.side_by_side:
+        run.load += "; engines side by side, idle while another is driven"
     steps = (run.rounds + 1) * len(run.variants)
     return _measured(
         run, options.output / "serve.json", steps, lambda progress: measure(run, load, options.side_by_side, progress)

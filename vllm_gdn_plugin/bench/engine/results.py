@@ -54,7 +54,7 @@ class EngineRun:
     """The environment that each variant adds; ``off`` is the first."""
     machine: Machine
     load: str = ""
-    """What the clients asked for, in words."""
+    """What was asked of the engines, and how, in words."""
     verified: dict[str, str] = field(default_factory=dict)
     """By variant: how its answer compares with the stock engine's."""
     said: dict[str, str] = field(default_factory=dict)

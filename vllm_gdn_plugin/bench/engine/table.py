@@ -48,7 +48,7 @@ def _about(run: EngineRun) -> list[str]:
     if run.vllm_arguments:
         lines.append(f"- `vllm serve {shlex.join(run.vllm_arguments)}`")
     if run.load:
-        lines.append(f"- `vllm bench serve`: {run.load}")
+        lines.append(f"- {run.load}")
     lines += [f"- one greedy answer of {variant} against {OFF}'s: {how}" for variant, how in run.verified.items()]
     lines += [f"- {variant} logged: {line}" for variant, line in run.said.items()]
     if run.stopped:

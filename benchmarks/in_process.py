@@ -1,0 +1,270 @@
+"""Decode steps and times to the first token of engines side by side, without a server between them and the clock.
+
+    python benchmarks/in_process.py MODEL DIRECTORY [--strategy NAME,...] [--rounds N] [--concurrency N,...]
+        [--input-len N,...] [--minutes N] [--engine JSON]
+
+Through HTTP the scatter of a slow host hides differences of a few percent (`bench serve` tells what a client sees).
+Here each engine, stock and of each strategy, is a process of its own with vLLM's `LLM`, scheduler and model runner in
+it; all stay up and are stepped in turn, one at a time. A case `concurrency N` times the decode steps of N requests with
+short prompts, a case `N in` the first token of one prompt of N tokens. The stock engine starts first, so that the
+others find Triton's kernels tuned as it has tuned them. MODEL is a directory, such as gpu_models.py makes; weights are
+dummies. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does.
+Without a GPU: `--device cpu --strategy fused --engine '{"enforce_eager": true, "mamba_ssm_cache_dtype": "float32"}'`.
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import IO, Any
+
+from vllm_gdn_plugin.bench.engine import probe
+from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
+from vllm_gdn_plugin.bench.engine.serve import turns, verified
+from vllm_gdn_plugin.bench.engine.server import end_group
+from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
+from vllm_gdn_plugin.bench.errors import BadInput, BenchError
+from vllm_gdn_plugin.bench.shapes import counts
+
+PROMPT_TOKENS = 8
+"""Of the requests whose decode steps are timed."""
+VOCABULARY = 256
+"""Prompts are of the ids below it."""
+HELPING = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    # Triton's cache is shared, with what was tuned, only where vLLM has no compile cache of its own for each engine.
+    "VLLM_DISABLE_COMPILE_CACHE": "1",
+    "TRITON_CACHE_AUTOTUNING": "1",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed at once: `repeat` times, `batch` prompts of `length` tokens are answered with `tokens` tokens."""
+
+    name: str
+    batch: int
+    length: int
+    tokens: int
+    repeat: int
+
+    def values(self, runs: Sequence[Sequence[float]]) -> dict[str, float]:
+        """The sample of one turn, from the seconds of each run at which tokens came."""
+        if self.tokens == 1:
+            return {"ttft_ms": 1e3 * statistics.median(times[0] for times in runs)}
+        return {"tpot_ms": 1e3 * statistics.median((t[-1] - t[0]) / (len(t) - 1) for t in runs)}
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A process with an engine in it, as its parent sees it."""
+
+    process: "subprocess.Popen[str]"
+    log_path: Path
+
+    def ask(self, question: Mapping[str, object]) -> Any:
+        """The answer of :func:`work`, decoded. Raises BadInput."""
+        assert self.process.stdin
+        assert self.process.stdout
+        with suppress(BrokenPipeError):  # then there is no answer either
+            print(json.dumps(question), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise BadInput(f"{self.log_path.stem}: the engine is gone, see {self.log_path}")
+        return json.loads(answer)
+
+
+@contextmanager
+def engine(variant: str, settings: Mapping[str, str], options: argparse.Namespace) -> Iterator[Engine]:
+    """An engine that starts; it is not waited for."""
+    log_path = options.directory / f"{variant}.log"
+    line = [
+        sys.executable,
+        __file__,
+        "work",
+        options.model,
+        json.dumps(options.engine | {"max_num_seqs": max(options.concurrency)}),
+    ]
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            line,
+            env={**os.environ, **HELPING, **settings},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        yield Engine(process, log_path)
+    finally:
+        end_group(process)
+
+
+def work(arguments: Sequence[str]) -> None:
+    """The engine: a line of JSON for each line of JSON on stdin."""
+    answers: IO[str] = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what vLLM prints goes into the log
+    from vllm import LLM, SamplingParams
+
+    model, settings = arguments
+    llm = LLM(
+        model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        language_model_only=True,
+        enable_prefix_caching=False,
+        **json.loads(settings),
+    )
+    gc.collect()
+    gc.freeze()  # as the engine of a server does
+
+    def answer(prompts: Sequence[Sequence[int]], tokens: int, logprobs: int | None = None) -> Any:
+        sampling = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs
+        )
+        began, times = time.perf_counter(), []
+        last: dict[str, Any] = {}
+        for number, prompt in enumerate(prompts):
+            llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+        while llm.llm_engine.has_unfinished_requests():
+            if outputs := llm.llm_engine.step():
+                times.append(time.perf_counter() - began)
+                last |= {output.request_id: output.outputs[0] for output in outputs}
+        if sorted(len(output.token_ids) for output in last.values()) != [tokens] * len(prompts):
+            raise RuntimeError(f"{len(prompts)} prompts were not answered with {tokens} tokens each")
+        return times, [last[str(number)] for number in range(len(prompts))]
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "probe" in asked:
+            _, (one,) = answer([probe.PROMPT], probe.ANSWER_TOKENS, logprobs=1)
+            tokens = list(one.token_ids)
+            found: Any = tokens, [step[token].logprob for token, step in zip(tokens, one.logprobs, strict=True)]
+        else:
+            ids = random.Random(asked["seed"])
+            found = []
+            for _ in range(asked["repeat"]):
+                prompts = [[ids.randrange(VOCABULARY) for _ in range(asked["length"])] for _ in range(asked["batch"])]
+                found.append(answer(prompts, asked["tokens"])[0])
+        print(json.dumps(found), file=answers, flush=True)
+
+
+def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) -> None:
+    """Add the samples of rounds to the run, until there are enough or the time is over. Raises BenchError."""
+    end = time.monotonic() + 60 * options.minutes
+    with ExitStack() as kept:
+        engines: dict[str, Engine] = {}
+        stock: Any = None
+        for group in [OFF], [name for name in run.variants if name != OFF]:
+            started = {name: kept.enter_context(engine(name, run.variants[name], options)) for name in group}
+            for name, this in started.items():
+                tokens, logprobs = this.ask({"probe": True})
+                found = [str(token) for token in tokens], logprobs
+                stock = stock or found
+                if name != OFF:
+                    run.verified[name] = verified(name, stock, found)
+                if line := require_at_work(name, this.log_path.read_text(errors="replace")):
+                    run.said[name] = line
+            engines |= started
+        for this in engines.values():  # each case once, untimed
+            for case in cases:
+                this.ask(vars(case) | {"seed": 0, "repeat": 1})
+        for number, turn in groupby(turns(run), key=itemgetter(0)):
+            names = [name for _, name in turn]
+            for n, case in enumerate(cases):
+                if time.monotonic() > end:
+                    run.stopped = "the time was over"
+                    return
+                seed = 1 + number * len(cases) + n  # new prompts in each round, the same for each engine
+                for name in names:
+                    found = engines[name].ask(vars(case) | {"seed": seed})
+                    run.add(number, name, case.name, case.values(found))
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = parsed(arguments)
+    from vllm_gdn_plugin.bench.machine import describe_machine, require_device
+    from vllm_gdn_plugin.bench.report import write_report
+
+    status = 0
+    try:
+        require_device(options.device)
+        options.directory.mkdir(parents=True, exist_ok=True)
+        cases = [
+            Case(f"concurrency {n}", n, PROMPT_TOKENS, options.output_len, options.repeat) for n in options.concurrency
+        ]
+        cases += [Case(f"{n} in", 1, n, 1, options.first_tokens) for n in options.input_len]
+        run = EngineRun(
+            kind=SERVE,
+            command=shlex.join(["python", "benchmarks/in_process.py", *arguments]),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            rounds=options.rounds,
+            model=Path(options.model).name,
+            vllm_arguments=[],
+            variants=variants(options.strategy.split(",")),
+            machine=describe_machine(options.device),
+            load="engines in processes of their own, no server, stepped in turn while the others are idle; TPOT:"
+            f" {options.repeat} times {options.output_len} tokens for each of the requests at once, after prompts of"
+            f" {PROMPT_TOKENS}; TTFT: {options.first_tokens} prompts, one at a time, from its arrival to its token",
+        )
+        try:
+            measure(run, cases, options)
+        except BenchError as wrong:
+            run.stopped, status = str(wrong), wrong.exit_code
+            print(f"in_process.py: {wrong}", file=sys.stderr)
+        if not run.is_empty():
+            run.save(options.directory / "serve.json")
+            write_report(options.directory / "serve.json")
+    except BenchError as wrong:
+        print(f"in_process.py: {wrong}", file=sys.stderr)
+        return wrong.exit_code
+    return status
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--strategy", metavar="NAME,...", default="auto", help="beside stock; default auto")
+    parser.add_argument("--rounds", type=int, default=10, help="default 10")
+    parser.add_argument("--concurrency", metavar="N,...", default="1,2,4,8,16", help="default 1,2,4,8,16")
+    parser.add_argument("--output-len", type=int, default=64, help="tokens of each answer; default 64")
+    parser.add_argument("--repeat", type=int, default=4, help="answers of each request in a turn; default 4")
+    parser.add_argument("--input-len", metavar="N,...", default="8,512,8192", help="default 8,512,8192")
+    parser.add_argument("--first-tokens", type=int, default=10, help="prompts of each length in a turn; default 10")
+    parser.add_argument(
+        "--minutes", type=float, default=60.0, help="from the first start; no case begins after them; default 60"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--engine", default={}, type=json.loads, help="more arguments of vLLM's LLM, as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        options.concurrency = counts("--concurrency", options.concurrency)
+        options.input_len = counts("--input-len", options.input_len)
+    except BenchError as wrong:
+        parser.error(str(wrong))
+    if options.output_len < 2:
+        parser.error(f"--output-len {options.output_len}: one token has no time per output token")
+    return options
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["work"]:
+        work(sys.argv[2:])
+    else:
+        sys.exit(main(sys.argv[1:]))
