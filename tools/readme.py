@@ -22,7 +22,7 @@ from vllm_gdn_plugin.bench.report import load
 from vllm_gdn_plugin.bench.results import Machine, Point, Run
 from vllm_gdn_plugin.bench.table import about_machine
 from vllm_gdn_plugin.contract import GDN_CLASSES
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, RULES, SERIAL
+from vllm_gdn_plugin.plan import AUTO, DUAL_STREAM, FUSED, RULES, SERIAL
 from vllm_gdn_plugin.settings import describe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,8 +71,6 @@ def proof_of_release(row: dict[str, Any]) -> tuple[str, ...]:
 
 def results() -> str:
     bf16, fp8 = (load(RESULTS / f"h200-projections-{precision}.json") for precision in ("bfloat16", "fp8"))
-    serve = load(RESULTS / "h200-35B-A3B-16-layers" / "serve.json")
-    assert isinstance(serve, EngineRun)
     machine = bf16.machine
     entry_point = json.loads((RESULTS / "entry_point.json").read_text())
     cost = [sum(pair) for pair in zip(entry_point["import_package"], entry_point["register"], strict=True)]
@@ -95,7 +93,7 @@ Every number, with its spread: [bf16](benchmarks/results/h200-projections-bfloat
 about 128 tokens on, dual_stream hides little in bf16. By median, no strategy was slower than serial at any size on this
 GPU. These are the projections alone, a part of a decode step.
 
-**A whole engine.** {engine(serve)}
+**Whole engines.** {engines()}
 
 {decode_step()}
 
@@ -111,40 +109,88 @@ In a process that builds no GDN layer the entry point costs {statistics.median(c
 {min(cost):.1f} to {max(cost):.1f} ms, {entry_point["hardware"]}; `{entry_point["command"]}`)."""
 
 
-def engine(run: EngineRun) -> str:
-    """What whole engines side by side show, and all that their result says against itself."""
-    cases = run.cases("tpot_ms")
-    names = [name for name in run.variants if name != OFF]
-    rounds = len(run.values("tpot_ms", cases[0], OFF))
+def engines() -> str:
+    """What whole engines side by side show, and all that their results say against themselves."""
+    served, large, small = (
+        load(RESULTS / f"h200-{name}" / "serve.json")
+        for name in ("35B-A3B-16-layers", "27B-16-layers-in-process", "35B-A3B-16-layers-in-process")
+    )
+    assert isinstance(served, EngineRun)
+    assert isinstance(large, EngineRun)
+    assert isinstance(small, EngineRun)
     for metric in ("output_tokens_per_s", "ttft_ms"):
-        found = [changes(run, metric, case, name) for case in cases for name in names]
+        found = [changes(served, metric, case, name) for case in served.cases(metric) for name in strategies_of(served)]
         assert not any(change is None or change.shows_difference for change in found), f"{metric}: see the text below"
-    lines = [f"| requests at once | stock | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
-    for case in cases:
+    assert "fused at 1 to 512 tokens" in small.said[AUTO], "see the text below"
+    return f"""Models with the widths of real ones in bf16, 16 layers and random weights; stock and the
+plugin's strategies side by side on one {served.machine.hardware} (vLLM {served.machine.vllm}, torch
+{served.machine.torch}, driver {served.machine.driver}), in turn. Time per output token (TPOT) of stock, median, and its
+change, with the 95 % interval of interleaved rounds.
+
+Qwen3.5-27B, engines stepped without a server, {rounds_of(large)} rounds
+([every number, and the command](benchmarks/results/h200-27B-16-layers-in-process/serve.md)):
+
+{tpot(large)}
+
+Its time to the first token (TTFT), with `auto`: {ttft(large)}.
+
+Qwen3.5-35B-A3B, engines driven by `vllm bench serve`, {rounds_of(served)} rounds, the last of them cut short, and a
+test beside the first ([every number, and the command](benchmarks/results/h200-35B-A3B-16-layers/serve.md)):
+
+{tpot(served)}
+
+With few requests at once the times scatter by more than there is to gain; so do output tokens/s and TTFT everywhere: no
+difference shown. [Stepped without a server](benchmarks/results/h200-35B-A3B-16-layers-in-process/serve.md),
+{rounds_of(small)} rounds, this model's TPOT changes with `auto` by {change(small, "tpot_ms", 16, AUTO)} at 16 requests
+and {change(small, "tpot_ms", 8, AUTO)} at 8. At 1 to 4 it goes up and down by tens of percent there, too. The bad news
+in there: at 1 request `auto` shows {change(small, "tpot_ms", 1, AUTO)} and dual_stream
+{change(small, "tpot_ms", 1, DUAL_STREAM)}. `fused`, which replays the very kernels that `auto` does there, shows
+{change(small, "tpot_ms", 1, FUSED)}: on that host such an interval holds what tells two processes apart. TTFT, with
+`auto`: {ttft(small)}.
+
+An [earlier run](benchmarks/results/h200-35B-A3B-24-layers/serve.md) with 24 layers had two rounds. How long an engine
+starts, and what it leaves for the KV cache, have not been measured on a GPU."""
+
+
+def strategies_of(run: EngineRun) -> list[str]:
+    return [name for name in run.variants if name != OFF]
+
+
+def rounds_of(run: EngineRun) -> int:
+    return len(run.values("tpot_ms", run.cases("tpot_ms")[0], OFF))
+
+
+def change(run: EngineRun, metric: str, concurrency: int, name: str) -> str:
+    return shown(changes(run, metric, f"concurrency {concurrency}", name))
+
+
+def tpot(run: EngineRun) -> str:
+    lines = ["| requests at once | stock |" + "".join(f" {name} |" for name in strategies_of(run))]
+    lines.append("|---|---|" + "---|" * len(strategies_of(run)))
+    for case in run.cases("tpot_ms"):
         stock = statistics.median(run.values("tpot_ms", case, OFF).values())
-        cells = (shown(changes(run, "tpot_ms", case, name)) for name in names)
+        cells = (shown(changes(run, "tpot_ms", case, name)) for name in strategies_of(run))
         lines.append(f"| {case.removeprefix('concurrency ')} | {stock:.2f} ms | {' | '.join(cells)} |")
-    table = "\n".join(lines)
-    return f"""A model with the widths of Qwen3.5-35B-A3B in bf16, 16 of its 40 layers and random weights; stock and the
-plugin's strategies side by side on one {run.machine.hardware} (vLLM {run.machine.vllm}, torch {run.machine.torch},
-driver {run.machine.driver}), driven in turn by `vllm bench serve` with prompts of 8 tokens and answers of 128. Median
-time per output token (TPOT) and its change, with the 95 % interval of {rounds} interleaved rounds (the last of them
-was cut short, and a test ran beside the first):
+    return "\n".join(lines)
 
-{table}
 
-With few requests at once the times scatter by more than there is to gain; so do output tokens/s and TTFT everywhere:
-no difference shown ([every number, and the command](benchmarks/results/h200-35B-A3B-16-layers/serve.md)). An
-[earlier run](benchmarks/results/h200-35B-A3B-24-layers/serve.md) with 24 layers had two rounds. Start-up and memory
-have not been measured on a GPU, nor have other models been served."""
+def ttft(run: EngineRun) -> str:
+    """The change by ``auto`` for each length of the prompt."""
+    found = []
+    for case in run.cases("ttft_ms"):
+        stock = statistics.median(run.values("ttft_ms", case, OFF).values())
+        of = shown(changes(run, "ttft_ms", case, AUTO))
+        found.append(f"prompts of {case.removesuffix(' in')} tokens ({stock:.0f} ms), {of}")
+    return "; ".join(found)
 
 
 def decode_step() -> str:
     """What the traces of whole engines show of one GDN layer."""
     bf16, fp8 = (json.loads((RESULTS / f"h200-decode-{name}.json").read_text()) for name in ("35B-A3B", "27B-FP8"))
     about, machine = bf16["about"], Machine(**bf16["about"]["machine"])
-    return f"""**One layer's decode step** in such an engine, with 8 layers and {about["batch"]} requests, in CUDA
-graphs ({machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver {machine.driver}): from the start of the
+    return f"""**One layer's decode step** with the widths of Qwen3.5-35B-A3B in bf16, in an engine with 8 layers and
+{about["batch"]} requests, in CUDA graphs ({machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver
+{machine.driver}): from the start of the
 norm before the projections to the end of the recurrent kernel, {medians(bf16, WALL)}. The
 kernels that read the projections: causal conv1d, {medians(bf16, "conv1d")}; recurrent kernel,
 {medians(bf16, "decode")} (medians of {len(bf16["sections_us"][OFF][WALL])}:
