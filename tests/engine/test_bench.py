@@ -133,3 +133,24 @@ def test_compile_counts_what_was_compiled(bench: Bench, tmp_path: Path) -> None:
             assert found["cache_mib"] > 0
     assert values(run, "cold, 4 layers", "dual_stream, string names")["artifacts"] >= 1
     assert (tmp_path / "compile.png").exists()
+
+
+@pytest.mark.slow
+def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path) -> None:
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    model = tmp_path / "model"
+    subprocess.run([sys.executable, benchmarks / "gpu_models.py", "tiny", model], check=True)
+    settings = {"enforce_eager": True, "mamba_ssm_cache_dtype": "float32", "max_model_len": 256}
+    line = [sys.executable, str(benchmarks / "in_process.py"), str(model), str(tmp_path / "out"), "--device", "cpu"]
+    line += ["--strategy", "fused,dual_stream", "--rounds", "2", "--concurrency", "1,3", "--input-len", "8,100"]
+    done = subprocess.run(
+        [*line, "--engine", json.dumps(settings)], env=engine_env(scratch), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "out" / "serve.json").read_text())
+    assert run["verified"].keys() == {"fused", "dual_stream"}
+    assert "fused on 3 of 3 GDN layers" in run["said"]["fused"]
+    for variant in ("off", "fused", "dual_stream"):
+        for case, metric in (("concurrency 1", "tpot_ms"), ("concurrency 3", "tpot_ms"), ("100 in", "ttft_ms")):
+            assert values(run, case, variant).keys() == {metric}
+    assert "| concurrency 3 |" in (tmp_path / "out" / "serve.md").read_text()

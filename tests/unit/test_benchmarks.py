@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,7 +286,7 @@ def test_what_recurs_is_timed(recorded: Path, capsys: pytest.CaptureFixture[str]
     assert "wide alone" not in table
 
 
-# gpu_models.py and gpu_engine.py
+# gpu_models.py
 
 
 @needs("tokenizers", "transformers")
@@ -332,35 +334,110 @@ def test_the_models_have_the_projections_of_the_presets() -> None:
         assert shape_of_config(name, MODELS[name]) == shape_of_config(name, PRESETS[f"Qwen3.5-{name}"])
 
 
+# in_process.py
+
+OFF_FIRST, FUSED_FIRST = ["off", "fused"], ["fused", "off"]
+
+
+class TalkingEngine:
+    """What `in_process.engine` gives, without a process: it notes what it is asked."""
+
+    asked: list[tuple[str, Any, Any]]
+
+    def __init__(self, name: str, answer: Any, log: Path) -> None:
+        self.name, self.answer, self.log_path = name, answer, log
+        log.write_text("" if name == "off" else "vllm-gdn-plugin 0.1.0: fused on 3 of 3 GDN layers")
+
+    def ask(self, question: dict[str, Any]) -> Any:
+        if "probe" in question:
+            return self.answer
+        self.asked.append((self.name, question["name"], question["seed"]))
+        return [[0.5, 0.6, 0.9]] * question["repeat"]
+
+
+@pytest.fixture
+def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`stepped(logprob=-1.0, minutes=1)` is the run of two rounds of three cases in two engines, and what they were
+    asked; the second answers the probe with that log-probability."""
+    pytest.importorskip("psutil", reason="not installed: psutil")
+    import in_process
+    from in_process import Case, measure
+
+    from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
+    from vllm_gdn_plugin.bench.results import Machine
+
+    def run(logprob: float = -1.0, minutes: float = 1.0) -> Any:
+        asked: list[tuple[str, Any, Any]] = []
+        monkeypatch.setattr(TalkingEngine, "asked", asked, raising=False)
+
+        @contextmanager
+        def talking(name: str, settings: Any, options: Any) -> Iterator[TalkingEngine]:
+            yield TalkingEngine(name, ([7], [-1.0 if name == "off" else logprob]), tmp_path / f"{name}.log")
+
+        monkeypatch.setattr(in_process, "engine", talking)
+        machine = Machine("cpu", "a CPU", "3.11", "0.1.0", "2.11", "0.26.0", None, None, 0, None)
+        found = EngineRun(SERVE, "", "", 2, "m", [], {"off": {}, "fused": {}}, machine)
+        cases = [Case("concurrency 2", 2, 8, 3, 4), Case("8 in", 1, 8, 1, 5), Case("9 in", 1, 9, 1, 5)]
+        measure(found, cases, SimpleNamespace(minutes=minutes))
+        return found, asked
+
+    return run
+
+
+def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(stepped: Callable[..., Any]) -> None:
+    run, asked = stepped()
+    cases = ["concurrency 2", "8 in", "9 in"]
+    warm_up = [(name, case, 0) for name in OFF_FIRST for case in cases]
+    rounds = [
+        (name, case, 1 + 3 * number + n)
+        for number, names in enumerate((OFF_FIRST, FUSED_FIRST))
+        for n, case in enumerate(cases)
+        for name in names
+    ]
+    assert asked == warm_up + rounds
+    assert (run.verified, run.stopped) == ({"fused": "the same 1 tokens and log-probabilities"}, None)
+    assert run.said == {"fused": "vllm-gdn-plugin 0.1.0: fused on 3 of 3 GDN layers"}
+    assert run.values("tpot_ms", "concurrency 2", "fused") == pytest.approx({0: 200.0, 1: 200.0})
+    assert run.values("ttft_ms", "9 in", "off") == pytest.approx({0: 500.0, 1: 500.0})
+    assert not run.values("ttft_ms", "concurrency 2", "off")
+
+
+def test_a_wrong_answer_ends_the_measurement_of_steps(stepped: Callable[..., Any]) -> None:
+    from vllm_gdn_plugin.bench.errors import WrongResult
+
+    with pytest.raises(WrongResult, match="fused: its answer is not the stock engine's"):
+        stepped(logprob=-3.0)
+
+
+def test_what_was_measured_is_kept_when_the_time_is_over(stepped: Callable[..., Any]) -> None:
+    run, asked = stepped(minutes=0)
+    assert (run.stopped, run.samples) == ("the time was over", [])
+    assert len(asked) == 6
+
+
+def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("psutil", reason="not installed: psutil")
+    from in_process import Engine
+
+    from vllm_gdn_plugin.bench.errors import BadInput
+
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=-1, stdout=-1, text=True) as gone:
+        gone_engine = Engine(gone, tmp_path / "fused.log")
+        with pytest.raises(BadInput, match=r"fused: the engine is gone, see .*fused\.log"):
+            gone_engine.ask({"probe": True})
+
+
+@needs("psutil")
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--layers", "6"), "--layers 6 is not a multiple of 4"),
-        (("--part", "serve,train"), "--part serve,train is not serve or compile"),
         (("--concurrency", "1,x"), "--concurrency '1,x' is not whole numbers"),
-        (("--minutes", "0.5"), "40 s of it are kept for the end"),
+        (("--input-len", "0"), "--input-len '0' is not whole numbers"),
+        (("--output-len", "1"), "--output-len 1: one token has no time per output token"),
+        (("--device", "cpu", "--strategy", "quick"), "--strategy 'quick' is not one of auto, fused, dual_stream"),
     ],
 )
-def test_wrong_options_of_the_engines_run(tmp_path: Path, options: tuple[str, ...], says: str) -> None:
-    done = script("gpu_engine.py", "--model", "tiny", "--output", tmp_path, *options)
+def test_wrong_options_of_the_steps(tmp_path: Path, options: tuple[str, ...], says: str) -> None:
+    done = script("in_process.py", "model", tmp_path, *options)
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[-1]
-
-
-def test_when_the_time_is_over_the_bench_is_interrupted_and_waited_for(tmp_path: Path) -> None:
-    import time
-
-    from gpu_engine import run
-
-    ready = tmp_path / "ready"
-    kept = (
-        "import pathlib, sys, time\n"
-        "try:\n    pathlib.Path(sys.argv[1]).touch(); time.sleep(600)\n"
-        "except KeyboardInterrupt:\n    pathlib.Path(sys.argv[1]).write_text('kept'); sys.exit(130)\n"
-    )
-    line = [sys.executable, "-c", kept, str(ready)]
-    assert run([*line, "serve"], time.monotonic() - 1) == 130
-    assert not ready.exists()
-    assert run([sys.executable, "-c", "", "", "serve"], time.monotonic() + 60) == 0
-    assert run(line, time.monotonic() + 5) == 130
-    assert ready.read_text() == "kept"
