@@ -6,9 +6,10 @@
 Through HTTP the scatter of a slow host hides differences of a few percent (`bench serve` tells what a client sees).
 Here each engine, stock and of each strategy, is a process of its own with vLLM's `LLM`, scheduler and model runner in
 it; all stay up and are stepped in turn, one at a time. A case `concurrency N` times the decode steps of N requests with
-short prompts, a case `N in` the first token of one prompt of N tokens. The stock engine starts first, so that the
-others find Triton's kernels tuned as it has tuned them. MODEL is a directory, such as gpu_models.py makes; weights are
-dummies. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does.
+short prompts, a case `N in` the first token of one prompt of N tokens; before them, each engine says how much memory
+PyTorch has taken in it. The stock engine starts first, so that the others find Triton's kernels tuned as it has tuned
+them. MODEL is a directory, such as gpu_models.py makes; weights are dummies. Writes DIRECTORY/serve.json, .md and .png,
+as `bench serve` does.
 Without a GPU: `--device cpu --strategy fused --engine '{"enforce_eager": true, "mamba_ssm_cache_dtype": "float32"}'`.
 """
 
@@ -33,7 +34,7 @@ from typing import IO, Any
 
 from vllm_gdn_plugin.bench.engine import probe
 from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
-from vllm_gdn_plugin.bench.engine.serve import turns, verified
+from vllm_gdn_plugin.bench.engine.serve import START, turns, verified
 from vllm_gdn_plugin.bench.engine.server import end_group
 from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import BadInput, BenchError
@@ -43,6 +44,7 @@ PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
 VOCABULARY = 256
 """Prompts are of the ids below it."""
+MIB = 1 << 20
 HELPING = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
@@ -151,10 +153,12 @@ def work(arguments: Sequence[str]) -> None:
 
     for line in sys.stdin:
         asked = json.loads(line)
-        if "probe" in asked:
+        if "memory" in asked:
+            found: Any = memory()
+        elif "probe" in asked:
             _, (one,) = answer([probe.PROMPT], probe.ANSWER_TOKENS, logprobs=1)
             tokens = list(one.token_ids)
-            found: Any = tokens, [step[token].logprob for token, step in zip(tokens, one.logprobs, strict=True)]
+            found = tokens, [step[token].logprob for token, step in zip(tokens, one.logprobs, strict=True)]
         else:
             ids = random.Random(asked["seed"])
             found = []
@@ -162,6 +166,16 @@ def work(arguments: Sequence[str]) -> None:
                 prompts = [[ids.randrange(VOCABULARY) for _ in range(asked["length"])] for _ in range(asked["batch"])]
                 found.append(answer(prompts, asked["tokens"])[0])
         print(json.dumps(found), file=answers, flush=True)
+
+
+def memory() -> dict[str, float]:
+    """What PyTorch's allocator has given out and what it holds, once all that it need not hold is freed."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.empty_cache()
+    return {"allocated_mib": torch.cuda.memory_allocated() / MIB, "reserved_mib": torch.cuda.memory_reserved() / MIB}
 
 
 def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) -> None:
@@ -184,6 +198,9 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
         for this in engines.values():  # each case once, untimed
             for case in cases:
                 this.ask(vars(case) | {"seed": 0, "repeat": 1})
+        for name, this in engines.items():
+            if found := this.ask({"memory": True}):
+                run.add(0, name, START, found)
         for number, turn in groupby(turns(run), key=itemgetter(0)):
             names = [name for _, name in turn]
             for n, case in enumerate(cases):

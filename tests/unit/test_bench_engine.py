@@ -216,6 +216,8 @@ def test_no_signal_ends_the_writing(number: signal.Signals, tmp_path: Path, monk
         (["serve", "--rounds", "x"], "--rounds 'x' is not whole numbers"),
         (["compile", "--layers", "4,x"], "--layers '4,x' is not whole numbers"),
         (["compile", "--layers", "4"], "--layers needs a local model"),
+        (["compile", "--at-once", "0"], "--at-once '0' is not whole numbers"),
+        (["compile", "--at-once", "2"], "--at-once 2 needs --kv-cache-memory-bytes after --"),
     ],
 )
 def test_wrong_arguments_get_one_line(

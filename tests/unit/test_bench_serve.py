@@ -217,11 +217,21 @@ def test_engines_in_turn_are_new_in_each_round(here: Path, monkeypatch: pytest.M
     assert 5 < min(run.values("host_memory_mib", START, OFF).values()) < 500  # a Python and a sleep
 
 
-def test_caches_are_empty_then_full(here: Path) -> None:
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_caches_are_empty_then_full(here: Path, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = EngineRun(COMPILE, "command", "2026-01-01", 2, "a model", [], variants(["fused"]), MACHINE)
-    compiling.measure(run, [], PROGRESS)
-    expected = {(name, case) for name in (OFF, "fused") for case in ("cold", "warm")}
-    assert {(s.variant, s.case) for s in run.samples} == expected
+    started, together = compiling.started, []
+
+    def noted(run: Any, names: Any, *arguments: Any, **options: Any) -> Any:
+        together.append(names)
+        return started(run, names, *arguments, **options)
+
+    monkeypatch.setattr(compiling, "started", noted)
+    compiling.measure(run, [], at_once, PROGRESS)
+    order = [OFF, "fused", "fused", OFF]
+    assert together == [order[n : n + at_once] for n in range(0, 4, at_once) for _ in range(2)]
+    expected = {(n, name, case) for n in range(2) for name in (OFF, "fused") for case in ("cold", "warm")}
+    assert {(s.round, s.variant, s.case) for s in run.samples} == expected
     assert all(s.values["artifacts"] == {"cold": 1, "warm": 2}[s.case] for s in run.samples)
     assert len(run.samples) == compiling.steps(run, []) == 8
     assert run.verified == {"fused": "the same 1 tokens and log-probabilities"}

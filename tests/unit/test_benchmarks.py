@@ -351,6 +351,8 @@ class TalkingEngine:
     def ask(self, question: dict[str, Any]) -> Any:
         if "probe" in question:
             return self.answer
+        if "memory" in question:
+            return {"allocated_mib": 5.0} if self.name == "fused" else {}
         self.asked.append((self.name, question["name"], question["seed"]))
         return [[0.5, 0.6, 0.9]] * question["repeat"]
 
@@ -400,6 +402,9 @@ def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(stepped:
     assert run.values("tpot_ms", "concurrency 2", "fused") == pytest.approx({0: 200.0, 1: 200.0})
     assert run.values("ttft_ms", "9 in", "off") == pytest.approx({0: 500.0, 1: 500.0})
     assert not run.values("ttft_ms", "concurrency 2", "off")
+    assert [(s.variant, s.case, s.values) for s in run.samples if s.case == "start"] == [
+        ("fused", "start", {"allocated_mib": 5.0})
+    ]
 
 
 def test_a_wrong_answer_ends_the_measurement_of_steps(stepped: Callable[..., Any]) -> None:
@@ -411,7 +416,7 @@ def test_a_wrong_answer_ends_the_measurement_of_steps(stepped: Callable[..., Any
 
 def test_what_was_measured_is_kept_when_the_time_is_over(stepped: Callable[..., Any]) -> None:
     run, asked = stepped(minutes=0)
-    assert (run.stopped, run.samples) == ("the time was over", [])
+    assert (run.stopped, run.cases("tpot_ms")) == ("the time was over", [])
     assert len(asked) == 6
 
 

@@ -128,6 +128,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_engine_arguments(command, "cold and warm starts of each engine")
     command.add_argument(
+        "--at-once",
+        metavar="N",
+        default="1",
+        help="engines of the rounds that start at the same time: more rounds in the same time, each start slower, all"
+        " alike. `vllm serve` then needs --kv-cache-memory-bytes; see bench serve --side-by-side; default 1",
+    )
+    command.add_argument(
         "--layers",
         metavar="N,...",
         help="also count the graphs of models of so many layers (random weights), with LayerName and with string names",
@@ -211,13 +218,19 @@ def _compile(options: argparse.Namespace, command: str) -> int:
         raise BadInput(f"--layers needs a local model: there is no {options.model}/config.json")
 
     from vllm_gdn_plugin.bench.engine.results import COMPILE
+    from vllm_gdn_plugin.bench.engine.server import KV_CACHE, may_start_at_once
 
+    at_once = _count("--at-once", options.at_once)
+    if at_once > 1 and not may_start_at_once(options.vllm_arguments):
+        raise BadInput(f"--at-once {at_once} needs {KV_CACHE} after --: else each engine takes what it finds free")
     run = _engine_run(options, COMPILE, command)
+    if at_once > 1:
+        run.load = f"{at_once} engines start at the same time"
 
     from vllm_gdn_plugin.bench.engine.compile import measure, steps
 
     path = options.output / "compile.json"
-    return _measured(run, path, steps(run, layers), lambda progress: measure(run, layers, progress))
+    return _measured(run, path, steps(run, layers), lambda progress: measure(run, layers, at_once, progress))
 
 
 def _engine_run(options: argparse.Namespace, kind: str, command: str) -> "EngineRun":

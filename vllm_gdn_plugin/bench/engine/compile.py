@@ -29,7 +29,7 @@ def steps(run: EngineRun, layers: list[int]) -> int:
     return 2 * run.rounds * len(run.variants) + len(layers) * len(with_string_names(run.variants))
 
 
-def measure(run: EngineRun, layers: list[int], progress: Any) -> None:
+def measure(run: EngineRun, layers: list[int], at_once: int, progress: Any) -> None:
     """Add the samples of ``run.rounds`` rounds to ``run``: each variant starts with empty caches, then with those.
 
     Then, for each number of layers, each variant starts once with empty caches on a model of that many layers with
@@ -37,34 +37,39 @@ def measure(run: EngineRun, layers: list[int], progress: Any) -> None:
 
     Args:
         run: gets the samples, and with them whatever was measured before an error.
+        at_once: how many engines of the rounds start at the same time, each with caches of its own.
         progress: a ``tqdm``, of :func:`steps` steps.
     """
     with tempfile.TemporaryDirectory(prefix="gdn-bench-", ignore_cleanup_errors=True) as directory:
         scratch = Path(directory)
         stock = None
-        for number, variant in turns(run):
-            caches = _empty(scratch / "caches")
+        left = list(turns(run))
+        while left:
+            these, left = left[:at_once], left[at_once:]
+            names = [name for _, name in these]
+            caches = [_empty(scratch / f"caches-{n}") for n in range(len(these))]
             for case in (COLD, WARM):
-                progress.set_description(f"round {number + 1}, {variant}, {case}")
-                with started(run, [variant], scratch, settings=_settings(caches)) as [server]:
-                    values = {"startup_s": server.seconds, **_compiled(caches)}
-                    if number == 0 and case == COLD:
-                        found = probe.answer(server)
-                        stock = stock or found
-                        if variant != OFF:
-                            run.verified[variant] = verified(variant, stock, found)
-                run.add(number, variant, case, values)
-                progress.update()
+                progress.set_description(f"round {these[-1][0] + 1}, {', '.join(names)}, {case}")
+                with started(run, names, scratch, settings=[_settings(each) for each in caches]) as servers:
+                    for (number, variant), server, its_caches in zip(these, servers, caches, strict=True):
+                        values = {"startup_s": server.seconds, **_compiled(its_caches)}
+                        if number == 0 and case == COLD:
+                            found = probe.answer(server)
+                            stock = stock or found
+                            if variant != OFF:
+                                run.verified[variant] = verified(variant, stock, found)
+                        run.add(number, variant, case, values)
+                        progress.update()
         own = dict(run.variants)
         run.variants = with_string_names(own) if layers else own
         for count in layers:
             model = _model_with_layers(Path(run.model), count, _empty(scratch / "model"))
             for variant in run.variants:
                 progress.set_description(f"{count} layers, {variant}")
-                caches = _empty(scratch / "caches")
+                alone = _empty(scratch / "caches")
                 dummy = ["--load-format", "dummy"]
-                with started(run, [variant], scratch, model=model, more=dummy, settings=_settings(caches)) as [server]:
-                    values = {"startup_s": server.seconds, **_compiled(caches)}
+                with started(run, [variant], scratch, model=model, more=dummy, settings=[_settings(alone)]) as [server]:
+                    values = {"startup_s": server.seconds, **_compiled(alone)}
                 run.add(0, variant, f"{COLD}, {count} layers", values)
                 progress.update()
 

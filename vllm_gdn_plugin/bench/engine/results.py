@@ -21,6 +21,8 @@ METRICS = {
     "startup_s": "start-up, s: from the start of the process to the first answer of /health",
     "host_memory_mib": "peak host memory, MiB: resident, summed over the server's processes",
     "gpu_memory_mib": "GPU memory in use at the end, MiB: all GPUs of the machine",
+    "allocated_mib": "GPU memory that PyTorch has given out, MiB: weights, KV cache, what a CUDA graph holds",
+    "reserved_mib": "GPU memory that PyTorch holds, MiB: the former and what lies between",
     "kv_cache_blocks": "blocks in the KV cache: what the engine's memory leaves for it",
     "artifacts": "compiled graphs in the cache",
     "cache_mib": "compile cache, MiB",

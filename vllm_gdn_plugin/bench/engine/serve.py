@@ -14,14 +14,18 @@ from typing import Any
 from vllm_gdn_plugin.bench.engine import probe
 from vllm_gdn_plugin.bench.engine.client import Client, client
 from vllm_gdn_plugin.bench.engine.results import EngineRun
-from vllm_gdn_plugin.bench.engine.server import POLL_SECONDS, STOP_SECONDS, Server, ServerFailed, launch
+from vllm_gdn_plugin.bench.engine.server import (
+    POLL_SECONDS,
+    STOP_SECONDS,
+    Server,
+    ServerFailed,
+    launch,
+    may_start_at_once,
+)
 from vllm_gdn_plugin.bench.engine.variants import OFF, PLUGINS, require_at_work
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 
 START = "start"
-
-KV_CACHE = "--kv-cache-memory-bytes"
-"""Of `vllm serve`: the size of the KV cache, which is otherwise what an engine that starts finds free."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def measure(run: EngineRun, load: Load, side_by_side: bool, progress: Any) -> No
             KV cache, else one after the other, because each takes what it finds free.
         progress: a ``tqdm``, of one step for each engine.
     """
-    at_once = side_by_side and any(text.replace("_", "-").startswith(KV_CACHE) for text in run.vllm_arguments)
+    at_once = side_by_side and may_start_at_once(run.vllm_arguments)
     groups = [list(run.variants)] if at_once else [[variant] for variant in run.variants]
     with tempfile.TemporaryDirectory(prefix="gdn-bench-", ignore_cleanup_errors=True) as directory, ExitStack() as kept:
         scratch = Path(directory)
@@ -145,39 +149,41 @@ def started(
     *,
     model: str | None = None,
     more: Sequence[str] = (),
-    settings: Mapping[str, str] | None = None,
+    settings: Sequence[Mapping[str, str]] = (),
 ) -> Iterator[list[Server]]:
     """A server of each variant, started at once; each is what its name says. Raises BenchError.
 
     Args:
-        model, more, settings: another model, further arguments and further environment variables of the servers.
+        model, more: another model and further arguments of the servers.
+        settings: further environment variables of each server.
     """
 
-    def launched(variant: str) -> AbstractContextManager[Server]:
-        env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **run.variants[variant], **(settings or {})}
+    def launched(variant: str, settings: Mapping[str, str]) -> AbstractContextManager[Server]:
+        env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **run.variants[variant], **settings}
         return launch(model or run.model, env=env, directory=directory, arguments=[*run.vllm_arguments, *more])
 
     with ExitStack() as stack:
-        servers = {variant: stack.enter_context(launched(variant)) for variant in variants}
+        pairs = zip(variants, settings or [{}] * len(variants), strict=True)
+        servers = [(variant, stack.enter_context(launched(variant, its))) for variant, its in pairs]
         try:
             waiting = servers
-            while waiting := {variant: server for variant, server in waiting.items() if not _answers(variant, server)}:
+            while waiting := [(variant, server) for variant, server in waiting if not _answers(variant, server)]:
                 time.sleep(POLL_SECONDS)
-            for variant, server in servers.items():
+            for variant, server in servers:
                 line = require_at_work(variant, server.log_text())
                 if line:
                     run.said[variant] = line
             try:
-                yield list(servers.values())
+                yield [server for _, server in servers]
             except BadInput:
-                for variant, server in servers.items():
+                for variant, server in servers:
                     if not _answers(variant, server):  # then it is stopping, and the reason
                         with suppress(subprocess.TimeoutExpired):
                             server.process.wait(STOP_SECONDS)
                         _answers(variant, server)
                 raise
         finally:
-            for server in servers.values():
+            for _, server in servers:
                 server.process.terminate()  # all of them; then each is waited for
 
 

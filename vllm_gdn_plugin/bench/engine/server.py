@@ -28,6 +28,9 @@ LOG_TAIL_LINES = 30
 CLI = "vllm.entrypoints.cli.main"
 """The command ``vllm``, as a module."""
 
+KV_CACHE = "--kv-cache-memory-bytes"
+"""Of `vllm serve`: the size of the KV cache, which is otherwise what an engine that starts finds free."""
+
 
 class ServerFailed(RuntimeError):
     """A process of vLLM stopped, or did not answer in time. The message ends with the end of its log."""
@@ -42,6 +45,11 @@ class ServerFailed(RuntimeError):
         """One line: what happened, and the last line of the log that names an error."""
         errors = re.findall(r"(?:^|[\s.])(\w*(?:Error|Exception|Refused)\b: .+)$", self.log, re.MULTILINE)
         return f"{self.what}: {errors[-1]}" if errors else self.what
+
+
+def may_start_at_once(arguments: Sequence[str]) -> bool:
+    """Whether none of several servers with these arguments of ``vllm serve`` takes what another needs."""
+    return any(text.replace("_", "-").startswith(KV_CACHE) for text in arguments)
 
 
 @dataclass
