@@ -113,7 +113,10 @@ class FusedProjections:
 
     def _is_in_place(self) -> bool:
         weights = (self.qkvz.weight, self.ba.weight)
-        return all(w is not None and _whereabouts(w) == where for w, where in zip(weights, self._where, strict=True))
+        # vLLM's parameters are of a subclass, whose every attribute would cost a microsecond.
+        with torch._C.DisableTorchFunctionSubclass():
+            pairs = zip(weights, self._where, strict=True)
+            return all(weight is not None and _whereabouts(weight) == where for weight, where in pairs)
 
     def _packed_weights(self) -> tuple[Any, Any] | None:
         """vLLM's ``cpu_linear`` of both, where they hold packed weights instead of weights."""
