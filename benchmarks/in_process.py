@@ -1,16 +1,18 @@
 """Decode steps and times to the first token of engines side by side, without a server between them and the clock.
 
-    python benchmarks/in_process.py MODEL DIRECTORY [--strategy NAME,...] [--rounds N] [--concurrency N,...]
-        [--input-len N,...] [--minutes N] [--engine JSON]
+    python benchmarks/in_process.py MODEL DIRECTORY --engine JSON [--strategy NAME,...] [--rounds N]
+        [--concurrency N,...] [--input-len N,...] [--minutes N]
 
 Through HTTP the scatter of a slow host hides differences of a few percent (`bench serve` tells what a client sees).
 Here each engine, stock and of each strategy, is a process of its own with vLLM's `LLM`, scheduler and model runner in
 it; all stay up and are stepped in turn, one at a time. A case `concurrency N` times the decode steps of N requests with
 short prompts, a case `N in` the first token of one prompt of N tokens; before them, each engine says how much memory
 PyTorch has taken in it. The stock engine starts first, so that the others find Triton's kernels tuned as it has tuned
-them. MODEL is a directory, such as gpu_models.py makes; weights are dummies. Writes DIRECTORY/serve.json, .md and .png,
-as `bench serve` does.
-Without a GPU: `--device cpu --strategy fused --engine '{"enforce_eager": true, "mamba_ssm_cache_dtype": "float32"}'`.
+them; then `auto`, which times its ways alone; then the others at once. MODEL is a directory, such as gpu_models.py
+makes; weights are dummies. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does; Ctrl-C ends it and keeps
+what was measured. The engines share the GPU: `--engine '{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization":
+0.01}'`, and more arguments of `LLM`. Without a GPU: `--device cpu --strategy fused --engine '{"enforce_eager": true,
+"mamba_ssm_cache_dtype": "float32", "kv_cache_memory_bytes": 134217728}'`.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,8 +40,9 @@ from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
 from vllm_gdn_plugin.bench.engine.serve import START, turns, verified
 from vllm_gdn_plugin.bench.engine.server import end_group
 from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
-from vllm_gdn_plugin.bench.errors import BadInput, BenchError
-from vllm_gdn_plugin.bench.shapes import counts
+from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
+from vllm_gdn_plugin.bench.shapes import count, counts
+from vllm_gdn_plugin.plan import AUTO
 
 PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
@@ -99,7 +103,7 @@ def engine(variant: str, settings: Mapping[str, str], options: argparse.Namespac
         __file__,
         "work",
         options.model,
-        json.dumps(options.engine | {"max_num_seqs": max(options.concurrency)}),
+        json.dumps({"max_num_seqs": max(options.concurrency), **options.engine}),
     ]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -184,7 +188,8 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
     with ExitStack() as kept:
         engines: dict[str, Engine] = {}
         stock: Any = None
-        for group in [OFF], [name for name in run.variants if name != OFF]:
+        alone = [[name] for name in (OFF, AUTO) if name in run.variants]
+        for group in [*alone, [name for name in run.variants if name not in (OFF, AUTO)]]:
             started = {name: kept.enter_context(engine(name, run.variants[name], options)) for name in group}
             for name, this in started.items():
                 tokens, logprobs = this.ask({"probe": True})
@@ -219,6 +224,7 @@ def main(arguments: Sequence[str]) -> int:
     from vllm_gdn_plugin.bench.report import write_report
 
     status = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no engine is left behind
     try:
         require_device(options.device)
         options.directory.mkdir(parents=True, exist_ok=True)
@@ -241,6 +247,8 @@ def main(arguments: Sequence[str]) -> int:
         )
         try:
             measure(run, cases, options)
+        except KeyboardInterrupt:
+            run.stopped, status = "interrupted", EXIT_INTERRUPTED
         except BenchError as wrong:
             run.stopped, status = str(wrong), wrong.exit_code
             print(f"in_process.py: {wrong}", file=sys.stderr)
@@ -258,25 +266,32 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--strategy", metavar="NAME,...", default="auto", help="beside stock; default auto")
-    parser.add_argument("--rounds", type=int, default=10, help="default 10")
+    parser.add_argument("--rounds", default="10", help="default 10")
     parser.add_argument("--concurrency", metavar="N,...", default="1,2,4,8,16", help="default 1,2,4,8,16")
-    parser.add_argument("--output-len", type=int, default=64, help="tokens of each answer; default 64")
-    parser.add_argument("--repeat", type=int, default=4, help="answers of each request in a turn; default 4")
+    parser.add_argument("--output-len", default="64", help="tokens of each answer; default 64")
+    parser.add_argument("--repeat", default="4", help="answers of each request in a turn; default 4")
     parser.add_argument("--input-len", metavar="N,...", default="8,512,8192", help="default 8,512,8192")
-    parser.add_argument("--first-tokens", type=int, default=10, help="prompts of each length in a turn; default 10")
-    parser.add_argument(
-        "--minutes", type=float, default=60.0, help="from the first start; no case begins after them; default 60"
-    )
+    parser.add_argument("--first-tokens", default="10", help="prompts of each length in a turn; default 10")
+    parser.add_argument("--minutes", type=float, default=60.0, help="from the first start; no case begins after them")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--engine", default={}, type=json.loads, help="more arguments of vLLM's LLM, as JSON")
+    parser.add_argument("--engine", metavar="JSON", required=True, help="arguments of vLLM's LLM; see above")
     options = parser.parse_args(arguments)
     try:
+        for name in ("rounds", "output_len", "repeat", "first_tokens"):
+            setattr(options, name, count(f"--{name.replace('_', '-')}", getattr(options, name)))
         options.concurrency = counts("--concurrency", options.concurrency)
         options.input_len = counts("--input-len", options.input_len)
     except BenchError as wrong:
         parser.error(str(wrong))
     if options.output_len < 2:
         parser.error(f"--output-len {options.output_len}: one token has no time per output token")
+    text = options.engine
+    try:
+        options.engine = dict(**json.loads(text))
+    except (TypeError, ValueError):
+        parser.error(f"--engine {text!r} is no JSON object")
+    if "kv_cache_memory_bytes" not in options.engine:
+        parser.error("--engine needs kv_cache_memory_bytes: else each engine takes what it finds free")
     return options
 
 

@@ -122,20 +122,24 @@ def engines() -> str:
         found = [changes(served, metric, case, name) for case in served.cases(metric) for name in strategies_of(served)]
         assert not any(change is None or change.shows_difference for change in found), f"{metric}: see the text below"
     assert "fused at 1 to 512 tokens" in small.said[AUTO], "see the text below"
-    return f"""Models with the widths of real ones in bf16, 16 layers and random weights; stock and the
-plugin's strategies side by side on one {served.machine.hardware} (vLLM {served.machine.vllm}, torch
-{served.machine.torch}, driver {served.machine.driver}), in turn. Time per output token (TPOT) of stock, median, and its
-change, with the 95 % interval of interleaved rounds.
+    assert served.machine == large.machine == small.machine, "see the text below"
+    return f"""Models in bf16 with the widths of real ones, 16 of their layers and random weights, on one
+{served.machine.hardware} (vLLM {served.machine.vllm}, torch {served.machine.torch}, driver {served.machine.driver}):
+engines of stock and of each strategy, which take turns. Time per output token (TPOT) of stock, median, and its change,
+the mean and its 95 % interval over the rounds, of which the last was cut short. Each engine is one process: the
+intervals do not hold what two processes differ by.
 
-Qwen3.5-27B, engines stepped without a server, {rounds_of(large)} rounds
+Qwen3.5-27B (64 layers), stepped without a server, prompts of 8 tokens, answers of 48, {rounds_of(large)} rounds
 ([every number, and the command](benchmarks/results/h200-27B-16-layers-in-process/serve.md)):
 
 {tpot(large)}
 
-Its time to the first token (TTFT), with `auto`: {ttft(large)}.
+By the medians, which a slow round does not move, `auto` changes TPOT by {medians_changed(large, AUTO)}. Time to the
+first token (TTFT), with `auto`: {ttft(large)}.
 
-Qwen3.5-35B-A3B, engines driven by `vllm bench serve`, {rounds_of(served)} rounds, the last of them cut short, and a
-test beside the first ([every number, and the command](benchmarks/results/h200-35B-A3B-16-layers/serve.md)):
+Qwen3.5-35B-A3B (40 layers), driven by `vllm bench serve`, prompts of 8 tokens, answers of 128, {rounds_of(served)}
+rounds, a test beside the first
+([every number, and the command](benchmarks/results/h200-35B-A3B-16-layers/serve.md)):
 
 {tpot(served)}
 
@@ -144,20 +148,32 @@ difference shown. [Stepped without a server](benchmarks/results/h200-35B-A3B-16-
 {rounds_of(small)} rounds, this model's TPOT changes with `auto` by {change(small, "tpot_ms", 16, AUTO)} at 16 requests
 and {change(small, "tpot_ms", 8, AUTO)} at 8. At 1 to 4 it goes up and down by tens of percent there, too. The bad news
 in there: at 1 request `auto` shows {change(small, "tpot_ms", 1, AUTO)} and dual_stream
-{change(small, "tpot_ms", 1, DUAL_STREAM)}. `fused`, which replays the very kernels that `auto` does there, shows
-{change(small, "tpot_ms", 1, FUSED)}: on that host such an interval holds what tells two processes apart. TTFT, with
-`auto`: {ttft(small)}.
+{change(small, "tpot_ms", 1, DUAL_STREAM)}; `fused`, which replays the very kernels that `auto` does there,
+{change(small, "tpot_ms", 1, FUSED)}: that much, two processes can differ by. TTFT, with `auto`: {ttft(small)}.
 
 An [earlier run](benchmarks/results/h200-35B-A3B-24-layers/serve.md) with 24 layers had two rounds. How long an engine
-starts, and what it leaves for the KV cache, have not been measured on a GPU."""
+takes to start, and what it leaves for the KV cache, have not been measured on a GPU."""
 
 
 def strategies_of(run: EngineRun) -> list[str]:
     return [name for name in run.variants if name != OFF]
 
 
-def rounds_of(run: EngineRun) -> int:
-    return len(run.values("tpot_ms", run.cases("tpot_ms")[0], OFF))
+def rounds_of(run: EngineRun) -> str:
+    """How many rounds the cases have: not all have the last one."""
+    found = sorted(
+        {len(run.values(metric, case, OFF)) for metric in ("tpot_ms", "ttft_ms") for case in run.cases(metric)}
+    )
+    return " or ".join(map(str, found))
+
+
+def medians_changed(run: EngineRun, name: str) -> str:
+    """How far apart the medians of TPOT are, for each number of requests."""
+    found = []
+    for case in run.cases("tpot_ms"):
+        stock, other = (statistics.median(run.values("tpot_ms", case, each).values()) for each in (OFF, name))
+        found.append(f"{100 * (other / stock - 1):+.1f} % at {case.removeprefix('concurrency ')}")
+    return ", ".join(found)
 
 
 def change(run: EngineRun, metric: str, concurrency: int, name: str) -> str:

@@ -20,7 +20,7 @@ _latest: "weakref.ref[FusedProjections] | None" = None
 
 def release_replaced() -> None:
     """Free the weight whose place the storage of the latest layer has taken. Called just before the next such layer is
-    constructed, which takes these very bytes for a weight of the same size, and once more when the model is loaded.
+    constructed, which takes these very bytes for a weight of the same size; the last one's is freed once it is loaded.
 
     Freed at once, it would be PyTorch's allocator that has them: another kind of layer gets a part, the rest is lost.
     """
@@ -67,7 +67,7 @@ class FusedProjections:
     def is_loaded(self) -> bool:
         """Called when the loader is done: let the linear method do to the one weight what it does to every weight
         (the CPU packs it), or answer False where the loader did not write into it. A reload comes here again."""
-        release_replaced()
+        self.replaced = None
         if self._loaded:
             return True
         if not self._is_in_place():

@@ -202,6 +202,17 @@ def test_no_signal_ends_the_writing(number: signal.Signals, tmp_path: Path, monk
     assert (tmp_path / "serve.png").exists()
 
 
+@needs_report
+def test_a_run_with_nothing_to_draw_has_no_picture(tmp_path: Path) -> None:
+    run = run_of()
+    run.samples.clear()
+    run.add(0, OFF, "start", {"allocated_mib": 5.0})
+    run.save(tmp_path / "serve.json")
+    write_report(tmp_path / "serve.json")
+    assert "| start | 5 |" in (tmp_path / "serve.md").read_text()
+    assert not (tmp_path / "serve.png").exists()
+
+
 # Wrong input
 
 

@@ -238,6 +238,24 @@ def test_caches_are_empty_then_full(here: Path, at_once: int, monkeypatch: pytes
     assert no_process_is_left(here)
 
 
+@pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
+def test_starts_at_the_same_time_are_whole_rounds_and_told(here: Path) -> None:
+    def bench(at_once: int) -> "subprocess.CompletedProcess[str]":
+        line = [sys.executable, "-m", "vllm_gdn_plugin", "bench", "compile", "--model", "a model", "--device", "cpu"]
+        line += ["--rounds", "2", "--strategy", "fused", "--at-once", str(at_once), "--output", str(here / "out")]
+        return subprocess.run([*line, "--", *KV_CACHE], capture_output=True, text=True)
+
+    for at_once in (3, 6, 8):
+        done = bench(at_once)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"--at-once {at_once}: 2 rounds of 2 engines are not made of groups of so many" in done.stderr
+    done = bench(4)
+    assert done.returncode == 0, done.stderr
+    assert "- 4 engines start at the same time" in done.stdout
+    assert len(json.loads((here / "out" / "compile.json").read_text())["samples"]) == 8
+    assert no_process_is_left(here)
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_model_with_other_layers_is_the_same_otherwise(tmp_path: Path, nested: bool) -> None:
     text = {

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -426,10 +426,14 @@ def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:
 
     from vllm_gdn_plugin.bench.errors import BadInput
 
-    with subprocess.Popen([sys.executable, "-c", ""], stdin=-1, stdout=-1, text=True) as gone:
-        gone_engine = Engine(gone, tmp_path / "fused.log")
-        with pytest.raises(BadInput, match=r"fused: the engine is gone, see .*fused\.log"):
-            gone_engine.ask({"probe": True})
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, stdout=-1, text=True) as going:
+        engine = Engine(going, tmp_path / "fused.log")
+        for _ in range(2):  # it ends while it is asked, and is asked once it has ended
+            with pytest.raises(BadInput, match=r"fused: the engine is gone, see .*fused\.log"):
+                engine.ask({"probe": True})
+            going.wait()
+        with suppress(BrokenPipeError):
+            going.stdin.close()
 
 
 @needs("psutil")
@@ -438,11 +442,17 @@ def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:
     [
         (("--concurrency", "1,x"), "--concurrency '1,x' is not whole numbers"),
         (("--input-len", "0"), "--input-len '0' is not whole numbers"),
+        (("--repeat", "0"), "--repeat '0' is not whole numbers"),
+        (("--first-tokens", "1,2"), "--first-tokens '1,2' is not one number"),
+        (("--engine", "[1]"), "--engine '[1]' is no JSON object"),
+        (("--engine", "{"), "--engine '{' is no JSON object"),
+        (("--engine", "{}"), "--engine needs kv_cache_memory_bytes: else each engine takes what it finds free"),
         (("--output-len", "1"), "--output-len 1: one token has no time per output token"),
         (("--device", "cpu", "--strategy", "quick"), "--strategy 'quick' is not one of auto, fused, dual_stream"),
     ],
 )
 def test_wrong_options_of_the_steps(tmp_path: Path, options: tuple[str, ...], says: str) -> None:
-    done = script("in_process.py", "model", tmp_path, *options)
+    engine = () if "--engine" in options else ("--engine", '{"kv_cache_memory_bytes": 1}')
+    done = script("in_process.py", "model", tmp_path, *engine, *options)
     assert done.returncode == 2
     assert says in done.stderr.splitlines()[-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
-from vllm_gdn_plugin.bench.shapes import PRESETS, counts, distinct, preset_shapes, shape_of_model, shape_of_text
+from vllm_gdn_plugin.bench.shapes import PRESETS, count, counts, distinct, preset_shapes, shape_of_model, shape_of_text
 
 if TYPE_CHECKING:
     from vllm_gdn_plugin.bench.engine.results import EngineRun
@@ -131,8 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         "--at-once",
         metavar="N",
         default="1",
-        help="engines of the rounds that start at the same time: more rounds in the same time, each start slower, all"
-        " alike. `vllm serve` then needs --kv-cache-memory-bytes; see bench serve --side-by-side; default 1",
+        help="engines that start at the same time, all of one or more rounds: more rounds in the same time, each start"
+        " slower, all alike. `vllm serve` then needs --kv-cache-memory-bytes; see bench serve --side-by-side",
     )
     command.add_argument(
         "--layers",
@@ -168,7 +168,7 @@ def _projections(options: argparse.Namespace, command: str) -> int:
     sizes = counts("--tensor-parallel-size", options.tensor_parallel_size)
     ranks = [shape.split(size) for shape in distinct(shapes) for size in dict.fromkeys(sizes)]
     tokens = list(dict.fromkeys(counts("--tokens", options.tokens)))
-    rounds = _count("--rounds", options.rounds)
+    rounds = count("--rounds", options.rounds)
     _require_modules("torch", *STATISTICS, "tqdm")
 
     from vllm_gdn_plugin.bench.machine import describe_machine, require_device
@@ -194,7 +194,7 @@ def _projections(options: argparse.Namespace, command: str) -> int:
 def _serve(options: argparse.Namespace, command: str) -> int:
     concurrency = list(dict.fromkeys(counts("--concurrency", options.concurrency)))
     input_len = list(dict.fromkeys(counts("--input-len", options.input_len)))
-    output_len, requests = _count("--output-len", options.output_len), _count("--requests", options.requests)
+    output_len, requests = count("--output-len", options.output_len), count("--requests", options.requests)
 
     from vllm_gdn_plugin.bench.engine.results import SERVE
 
@@ -220,10 +220,15 @@ def _compile(options: argparse.Namespace, command: str) -> int:
     from vllm_gdn_plugin.bench.engine.results import COMPILE
     from vllm_gdn_plugin.bench.engine.server import KV_CACHE, may_start_at_once
 
-    at_once = _count("--at-once", options.at_once)
+    at_once = count("--at-once", options.at_once)
     if at_once > 1 and not may_start_at_once(options.vllm_arguments):
         raise BadInput(f"--at-once {at_once} needs {KV_CACHE} after --: else each engine takes what it finds free")
     run = _engine_run(options, COMPILE, command)
+    if at_once > 1 and (at_once % len(run.variants) or run.rounds % (at_once // len(run.variants))):
+        raise BadInput(
+            f"--at-once {at_once}: {run.rounds} rounds of {len(run.variants)} engines are not made of groups of so many"
+            " whole rounds"
+        )
     if at_once > 1:
         run.load = f"{at_once} engines start at the same time"
 
@@ -239,7 +244,7 @@ def _engine_run(options: argparse.Namespace, kind: str, command: str) -> "Engine
     from vllm_gdn_plugin.bench.engine.variants import variants
 
     found = variants(dict.fromkeys(options.strategy.split(",")))
-    rounds = _count("--rounds", options.rounds)
+    rounds = count("--rounds", options.rounds)
     _require_modules("torch", *STATISTICS, "tqdm", "psutil", "vllm")
 
     from vllm_gdn_plugin.bench.machine import describe_machine, require_device
@@ -299,13 +304,6 @@ def _report(options: argparse.Namespace, command: str) -> int:
 
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _count(option: str, text: str) -> int:
-    found = counts(option, text)
-    if len(found) != 1:
-        raise BadInput(f"{option} {text!r} is not one number")
-    return found[0]
 
 
 def _make_directory(path: Path) -> None:

@@ -115,3 +115,11 @@ def counts(option: str, text: str) -> list[int]:
     if not all(part.isascii() and part.isdigit() and 0 < int(part) < 10**9 for part in parts):
         raise BadInput(f"{option} {text!r} is not whole numbers from 1 on, separated by commas")
     return [int(part) for part in parts]
+
+
+def count(option: str, text: str) -> int:
+    """The one whole number from 1 on in ``text``."""
+    found = counts(option, text)
+    if len(found) != 1:
+        raise BadInput(f"{option} {text!r} is not one number")
+    return found[0]

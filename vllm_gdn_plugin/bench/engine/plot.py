@@ -26,8 +26,13 @@ COLORS = ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red", "tab:pur
 
 
 def plot(run: EngineRun, path: Path) -> None:
-    """Write a PNG: a panel for each thing measured; bars are 95 % intervals, or the lowest and the highest sample."""
+    """Write a PNG: a panel for each thing measured; bars are 95 % intervals, or the lowest and the highest sample.
+
+    Where the run has nothing that is drawn, nothing is written.
+    """
     panels = {metric: title for metric, title in PANELS[run.kind].items() if run.cases(metric)}
+    if not panels:
+        return
     size = (3.4 * len(panels) + 0.6, 3.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     draw = _changes if run.kind == SERVE else _values
