@@ -224,7 +224,8 @@ def main(arguments: Sequence[str]) -> int:
     from vllm_gdn_plugin.bench.report import write_report
 
     status = 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # no engine is left behind
+    for signum in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores the first: no engine is left behind
+        signal.signal(signum, signal.default_int_handler)
     try:
         require_device(options.device)
         options.directory.mkdir(parents=True, exist_ok=True)

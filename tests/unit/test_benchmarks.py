@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -418,6 +419,31 @@ def test_what_was_measured_is_kept_when_the_time_is_over(stepped: Callable[..., 
     run, asked = stepped(minutes=0)
     assert (run.stopped, run.cases("tpot_ms")) == ("the time was over", [])
     assert len(asked) == 6
+
+
+@needs("torch", "numpy", "scipy", "matplotlib", "psutil")
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_steps_that_were_measured_are_kept_when_it_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: signal.Signals
+) -> None:
+    import in_process
+
+    def measure(run: Any, *_: Any) -> None:
+        run.add(0, "off", "concurrency 1", {"tpot_ms": 1.0})
+        signal.raise_signal(ended_by)
+
+    monkeypatch.setattr(in_process, "measure", measure)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
+        engine = '{"kv_cache_memory_bytes": 1}'
+        assert in_process.main(["model", str(tmp_path), "--device", "cpu", "--engine", engine]) == 130
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    kept = json.loads((tmp_path / "serve.json").read_text())
+    assert (kept["stopped"], len(kept["samples"])) == ("interrupted", 1)
+    assert "**not complete**: interrupted" in (tmp_path / "serve.md").read_text()
 
 
 def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:
