@@ -56,6 +56,7 @@ class FusedProjections:
         self.broken = False
         self.replaced: torch.Tensor | None = weight.data
         qkvz.weight.data, ba.weight.data = blocks[:2]  # last: where a step before fails, the layer is as it was
+        release_replaced()  # at most one is kept
         global _latest
         _latest = weakref.ref(self)
 
@@ -113,7 +114,7 @@ class FusedProjections:
 
     def _is_in_place(self) -> bool:
         weights = (self.qkvz.weight, self.ba.weight)
-        # vLLM's parameters are of a subclass, whose every attribute would cost a microsecond.
+        # vLLM's parameters are of a subclass: each attribute would go through its __torch_function__, in Python.
         with torch._C.DisableTorchFunctionSubclass():
             pairs = zip(weights, self._where, strict=True)
             return all(weight is not None and _whereabouts(weight) == where for weight, where in pairs)

@@ -115,7 +115,7 @@ def test_one_storage_holds_both_weights_and_nothing_else_is_kept(make_layer: Cal
     assert one.expired(), "the CPU has packed the weights, and the storage they were loaded into is still alive"
 
 
-@pytest.mark.parametrize("when", ["the next layer is constructed", "its layer is loaded"])
+@pytest.mark.parametrize("when", ["the next layer is constructed", "the next storage is made", "its layer is loaded"])
 def test_a_replaced_weight_is_kept_until(make_layer: Callable[..., Layer], when: str) -> None:
     """So that the next layer finds all of its bytes free, and not what another kind of layer has left of them."""
     from torch.multiprocessing.reductions import StorageWeakRef
@@ -142,6 +142,9 @@ def test_a_replaced_weight_is_kept_until(make_layer: Callable[..., Layer], when:
         load(layers[0], fused[0])
         assert not old[1].expired(), "another layer may still be constructed"
         load(layers[1], fused[1])
+    elif when == "the next storage is made":
+        another = make_layer(SHAPES["9B"])
+        fused.append(FusedProjections(another.in_proj_qkvz, another.in_proj_ba))
     else:
         made()
     assert [storage.expired() for storage in old] == [True, True]
