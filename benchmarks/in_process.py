@@ -48,7 +48,6 @@ PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
 VOCABULARY = 256
 """Prompts are of the ids below it."""
-MIB = 1 << 20
 HELPING = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
@@ -179,7 +178,8 @@ def memory() -> dict[str, float]:
     if not torch.cuda.is_available():
         return {}
     torch.cuda.empty_cache()
-    return {"allocated_mib": torch.cuda.memory_allocated() / MIB, "reserved_mib": torch.cuda.memory_reserved() / MIB}
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return {"allocated_mib": allocated / probe.MIB, "reserved_mib": reserved / probe.MIB}
 
 
 def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) -> None:
@@ -228,7 +228,10 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(signum, signal.default_int_handler)
     try:
         require_device(options.device)
-        options.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            options.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{options.directory} cannot be made: {error.strerror}") from error
         cases = [
             Case(f"concurrency {n}", n, PROMPT_TOKENS, options.output_len, options.repeat) for n in options.concurrency
         ]

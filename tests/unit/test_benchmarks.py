@@ -421,6 +421,15 @@ def test_what_was_measured_is_kept_when_the_time_is_over(stepped: Callable[..., 
     assert len(asked) == 6
 
 
+@needs("torch", "psutil")
+def test_a_directory_that_cannot_be_made_gets_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    engine = ("--engine", '{"kv_cache_memory_bytes": 1}')
+    done = script("in_process.py", "model", tmp_path / "file" / "out", "--device", "cpu", *engine)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "out cannot be made: Not a directory" in done.stderr
+
+
 @needs("torch", "numpy", "scipy", "matplotlib", "psutil")
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
 def test_steps_that_were_measured_are_kept_when_it_is_ended(
