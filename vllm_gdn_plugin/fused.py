@@ -86,7 +86,7 @@ class FusedProjections:
         try:
             if layer.in_proj_qkvz is not self.qkvz or layer.in_proj_ba is not self.ba:
                 return "in_proj_qkvz or in_proj_ba was replaced after loading"
-            if self.qkvz.bias is not None or self.ba.bias is not None:
+            if self.qkvz._parameters["bias"] is not None or self.ba._parameters["bias"] is not None:
                 return "in_proj_qkvz or in_proj_ba was given a bias after loading"
             if self._is_in_place():
                 return None
@@ -113,11 +113,13 @@ class FusedProjections:
         return torch.cat([qkvz, ba, ba.new_zeros((ba.shape[0], self.padding))], dim=-1)
 
     def _is_in_place(self) -> bool:
-        weights = (self.qkvz.weight, self.ba.weight)
+        # Both from where nn.Module keeps them: its __getattr__ would be a large part of what a call costs.
+        qkvz, ba = self.qkvz._parameters["weight"], self.ba._parameters["weight"]
+        if qkvz is None or ba is None:
+            return False
         # vLLM's parameters are of a subclass: each attribute would go through its __torch_function__, in Python.
         with torch._C.DisableTorchFunctionSubclass():
-            pairs = zip(weights, self._where, strict=True)
-            return all(weight is not None and _whereabouts(weight) == where for weight, where in pairs)
+            return _whereabouts(qkvz) == self._where[0] and _whereabouts(ba) == self._where[1]
 
     def _packed_weights(self) -> tuple[Any, Any] | None:
         """vLLM's ``cpu_linear`` of both, where they hold packed weights instead of weights."""

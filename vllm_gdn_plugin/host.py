@@ -260,11 +260,10 @@ def driver() -> str:
 
 
 def layer_by_name(layer_name: Any) -> Any:
-    """The layer that a custom op was given the name of, in the current forward pass."""
-    from vllm.forward_context import get_forward_context
-    from vllm.utils.torch_utils import _resolve_layer_name
-
-    return get_forward_context().no_compile_layers[_resolve_layer_name(layer_name)]
+    """The layer that a custom op was given the name of, in the current forward pass, for which vLLM has imported both
+    modules: to import from them at each call would cost more than all the rest of it."""
+    name = sys.modules["vllm.utils.torch_utils"]._resolve_layer_name(layer_name)
+    return sys.modules["vllm.forward_context"].get_forward_context().no_compile_layers[name]
 
 
 def breakable_capture() -> bool:

@@ -407,6 +407,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     modules, meta_path = {name: sys.modules.pop(name) for name in ours()}, list(sys.meta_path)
     yield
+    monkeypatch.undo()  # now: what it puts back into sys.modules is to go, too
     for name in ours():
         del sys.modules[name]
     sys.modules.update(modules)
