@@ -1,7 +1,7 @@
 """Decode steps and times to the first token of engines side by side, without a server between them and the clock.
 
     python benchmarks/in_process.py MODEL DIRECTORY --engine JSON [--strategy NAME,...] [--rounds N]
-        [--concurrency N,...] [--input-len N,...] [--minutes N]
+        [--concurrency N,...] [--input-len N,...] [--minutes N] [--cpus N,...]
 
 Through HTTP the scatter of a slow host hides differences of a few percent (`bench serve` tells what a client sees).
 Here each engine, stock and of each strategy, is a process of its own with vLLM's `LLM`, scheduler and model runner in
@@ -9,10 +9,12 @@ it; all stay up and are stepped in turn, one at a time. A case `concurrency N` t
 short prompts, a case `N in` the first token of one prompt of N tokens; before them, each engine says how much memory
 PyTorch has taken in it. The stock engine starts first, so that the others find Triton's kernels tuned as it has tuned
 them; then `auto`, which times its ways alone; then the others at once. MODEL is a directory, such as gpu_models.py
-makes; weights are dummies. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does; Ctrl-C ends it and keeps
-what was measured. The engines share the GPU: `--engine '{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization":
-0.01}'`, and more arguments of `LLM`. Without a GPU: `--device cpu --strategy fused --engine '{"enforce_eager": true,
-"mamba_ssm_cache_dtype": "float32", "kv_cache_memory_bytes": 134217728}'`.
+makes; weights are dummies. With `--cpus`, once all have started, the threads of all of them run on those CPUs alone:
+what one CPU is slower by than another is then no difference between engines. Writes DIRECTORY/serve.json, .md and .png,
+as `bench serve` does; Ctrl-C ends it and keeps what was measured. The engines share the GPU: `--engine
+'{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization": 0.01}'`, and more arguments of `LLM`. Without a GPU:
+`--device cpu --strategy fused --engine '{"enforce_eager": true, "mamba_ssm_cache_dtype": "float32",
+"kv_cache_memory_bytes": 134217728}'`.
 """
 
 import argparse
@@ -158,6 +160,10 @@ def work(arguments: Sequence[str]) -> None:
         asked = json.loads(line)
         if "memory" in asked:
             found: Any = memory()
+        elif "cpus" in asked:
+            for thread in os.listdir("/proc/self/task"):
+                os.sched_setaffinity(int(thread), asked["cpus"])
+            found = None
         elif "probe" in asked:
             _, (one,) = answer([probe.PROMPT], probe.ANSWER_TOKENS, logprobs=1)
             tokens = list(one.token_ids)
@@ -204,6 +210,8 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
             for case in cases:
                 this.ask(vars(case) | {"seed": 0, "repeat": 1})
         for name, this in engines.items():
+            if options.cpus:
+                this.ask({"cpus": options.cpus})
             if found := this.ask({"memory": True}):
                 run.add(0, name, START, found)
         for number, turn in groupby(turns(run), key=itemgetter(0)):
@@ -247,7 +255,8 @@ def main(arguments: Sequence[str]) -> int:
             machine=describe_machine(options.device),
             load="engines in processes of their own, no server, stepped in turn while the others are idle; TPOT:"
             f" {options.repeat} times {options.output_len} tokens for each of the requests at once, after prompts of"
-            f" {PROMPT_TOKENS}; TTFT: {options.first_tokens} prompts, one at a time, from its arrival to its token",
+            f" {PROMPT_TOKENS}; TTFT: {options.first_tokens} prompts, one at a time, from its arrival to its token"
+            + (f"; each engine on CPUs {', '.join(map(str, options.cpus))}" if options.cpus else ""),
         )
         try:
             measure(run, cases, options)
@@ -277,6 +286,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--input-len", metavar="N,...", default="8,512,8192", help="default 8,512,8192")
     parser.add_argument("--first-tokens", default="10", help="prompts of each length in a turn; default 10")
     parser.add_argument("--minutes", type=float, default=60.0, help="from the first start; no case begins after them")
+    parser.add_argument("--cpus", metavar="N,...", default="", help="numbers of CPUs; default: as the system has it")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine", metavar="JSON", required=True, help="arguments of vLLM's LLM; see above")
     options = parser.parse_args(arguments)
@@ -289,6 +299,12 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(str(wrong))
     if options.output_len < 2:
         parser.error(f"--output-len {options.output_len}: one token has no time per output token")
+    try:
+        options.cpus = sorted({int(number) for number in options.cpus.split(",") if number})
+    except ValueError:
+        parser.error(f"--cpus {options.cpus!r} is no list of numbers")
+    if missing := set(options.cpus) - os.sched_getaffinity(0):
+        parser.error(f"--cpus: this process may not run on {', '.join(map(str, sorted(missing)))}")
     text = options.engine
     try:
         options.engine = dict(**json.loads(text))

@@ -143,7 +143,18 @@ def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path)
     settings = {"enforce_eager": True, "mamba_ssm_cache_dtype": "float32", "max_model_len": 256}
     settings |= {"kv_cache_memory_bytes": 1 << 27}
     line = [sys.executable, str(benchmarks / "in_process.py"), str(model), str(tmp_path / "out"), "--device", "cpu"]
-    line += ["--strategy", "fused,dual_stream", "--rounds", "2", "--concurrency", "1,3", "--input-len", "8,100"]
+    line += [
+        "--strategy",
+        "fused,dual_stream",
+        "--rounds",
+        "2",
+        "--concurrency",
+        "1,3",
+        "--input-len",
+        "8,100",
+        "--cpus",
+        "0",
+    ]
     done = subprocess.run(
         [*line, "--engine", json.dumps(settings)], env=engine_env(scratch), capture_output=True, text=True
     )
@@ -151,6 +162,7 @@ def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path)
     run = json.loads((tmp_path / "out" / "serve.json").read_text())
     assert run["verified"].keys() == {"fused", "dual_stream"}
     assert "fused on 3 of 3 GDN layers" in run["said"]["fused"]
+    assert run["load"].endswith(f"; each engine on CPUs {', '.join(map(str, cpus))}")
     for variant in ("off", "fused", "dual_stream"):
         for case, metric in (("concurrency 1", "tpot_ms"), ("concurrency 3", "tpot_ms"), ("100 in", "ttft_ms")):
             assert values(run, case, variant).keys() == {metric}

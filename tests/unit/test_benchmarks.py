@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -354,6 +354,8 @@ class TalkingEngine:
             return self.answer
         if "memory" in question:
             return {"allocated_mib": 5.0} if self.name == "fused" else {}
+        if "cpus" in question:
+            return self.asked.append((self.name, "cpus", question["cpus"]))
         self.asked.append((self.name, question["name"], question["seed"]))
         return [[0.5, 0.6, 0.9]] * question["repeat"]
 
@@ -369,7 +371,7 @@ def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
     from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
     from vllm_gdn_plugin.bench.results import Machine
 
-    def run(logprob: float = -1.0, minutes: float = 1.0) -> Any:
+    def run(logprob: float = -1.0, minutes: float = 1.0, cpus: Sequence[int] = ()) -> Any:
         asked: list[tuple[str, Any, Any]] = []
         monkeypatch.setattr(TalkingEngine, "asked", asked, raising=False)
 
@@ -381,10 +383,16 @@ def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
         machine = Machine("cpu", "a CPU", "3.11", "0.1.0", "2.11", "0.26.0", None, None, 0, None)
         found = EngineRun(SERVE, "", "", 2, "m", [], {"off": {}, "fused": {}}, machine)
         cases = [Case("concurrency 2", 2, 8, 3, 4), Case("8 in", 1, 8, 1, 5), Case("9 in", 1, 9, 1, 5)]
-        measure(found, cases, SimpleNamespace(minutes=minutes))
+        measure(found, cases, SimpleNamespace(minutes=minutes, cpus=cpus))
         return found, asked
 
     return run
+
+
+def test_engines_are_bound_to_cpus_once_all_have_started(stepped: Callable[..., Any]) -> None:
+    _, asked = stepped(cpus=(1, 3))
+    started, cases = 2, 3
+    assert asked[started * cases :][:started] == [("off", "cpus", (1, 3)), ("fused", "cpus", (1, 3))]
 
 
 def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(stepped: Callable[..., Any]) -> None:
@@ -482,6 +490,8 @@ def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:
         (("--engine", "[1]"), "--engine '[1]' is no JSON object"),
         (("--engine", "{"), "--engine '{' is no JSON object"),
         (("--engine", "{}"), "--engine needs kv_cache_memory_bytes: else each engine takes what it finds free"),
+        (("--cpus", "0,x"), "--cpus '0,x' is no list of numbers"),
+        (("--cpus", "0,99999"), "--cpus: this process may not run on 99999"),
         (("--output-len", "1"), "--output-len 1: one token has no time per output token"),
         (("--device", "cpu", "--strategy", "quick"), "--strategy 'quick' is not one of auto, fused, dual_stream"),
     ],
