@@ -143,18 +143,9 @@ def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path)
     settings = {"enforce_eager": True, "mamba_ssm_cache_dtype": "float32", "max_model_len": 256}
     settings |= {"kv_cache_memory_bytes": 1 << 27}
     line = [sys.executable, str(benchmarks / "in_process.py"), str(model), str(tmp_path / "out"), "--device", "cpu"]
-    line += [
-        "--strategy",
-        "fused,dual_stream",
-        "--rounds",
-        "2",
-        "--concurrency",
-        "1,3",
-        "--input-len",
-        "8,100",
-        "--cpus",
-        "0",
-    ]
+    line += ["--strategy", "fused,dual_stream", "--rounds", "2", "--concurrency", "1,3", "--input-len", "8,100"]
+    cpus = sorted(os.sched_getaffinity(0))
+    line += ["--cpus", ",".join(map(str, cpus))]
     done = subprocess.run(
         [*line, "--engine", json.dumps(settings)], env=engine_env(scratch), capture_output=True, text=True
     )
