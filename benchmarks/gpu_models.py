@@ -1,6 +1,6 @@
 """Models with the sizes of real ones and no weights, for `--load-format dummy`: a configuration and a tokenizer.
 
-    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N] [--quantization fp8]
+    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N] [--quantization fp8|fp8-per-token]
 
 The tokenizer has a word for each id below WORDS (but the first 27), so that ids become text and the same ids again:
 clients that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`. The ids above have no
@@ -98,10 +98,32 @@ def fp8(layer_types: list[str]) -> dict[str, Any]:
     }
 
 
+def fp8_per_token(layer_types: list[str]) -> dict[str, Any]:
+    """The quantisation of compressed-tensors' FP8 dynamic checkpoints: a scale for each output of a weight and for each
+    token, the narrow projections in bfloat16."""
+    eight = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**eight, "strategy": "channel", "dynamic": False},
+                "input_activations": {**eight, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head", r"re:.*linear_attn\.in_proj_[ab]$"],
+    }
+
+
+QUANTIZATIONS = {"fp8": fp8, "fp8-per-token": fp8_per_token}
+
+
 def make_model(name: str, directory: Path, layers: int | None = None, quantization: str | None = None) -> Path:
     """Write the model `name` into `directory` and return it, with `layers` layers where given, a multiple of four.
 
-    `quantization` is None or "fp8", for a dense model.
+    `quantization` is None or one of QUANTIZATIONS, for a dense model.
     """
     text = dict(MODELS[name])
     text["num_hidden_layers"] = layers = layers or text["num_hidden_layers"]
@@ -132,7 +154,7 @@ def make_model(name: str, directory: Path, layers: int | None = None, quantizati
         },
     }
     if quantization:
-        config["quantization_config"] = fp8(text["layer_types"])
+        config["quantization_config"] = QUANTIZATIONS[quantization](text["layer_types"])
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     _tokenizer(min(text["vocab_size"], WORDS)).save_pretrained(directory)
@@ -164,7 +186,7 @@ def main() -> None:
     parser.add_argument("name", choices=MODELS)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--quantization", choices=["fp8"], help="of a dense model")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of a dense model")
     options = parser.parse_args()
     try:
         print(make_model(options.name, options.directory, options.layers, options.quantization))

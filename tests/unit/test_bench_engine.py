@@ -150,6 +150,9 @@ def test_equal_samples_are_reported_as_no_difference(tmp_path: Path) -> None:
     slower = markdown(run_of(factors=(1.10, 1.11, 1.10)))
     row = next(line for line in slower.splitlines() if line.startswith("| concurrency 4"))
     assert row == "| concurrency 4 | 11 (10 to 12) | 12.21 (11 to 13.2) | +10.3 % (+8.9 % to +11.8 %) |"
+    once = markdown(run_of(factors=(1.10,)))
+    row = next(line for line in once.splitlines() if line.startswith("| concurrency 4"))
+    assert row == "| concurrency 4 | 10 | 11 | +10.0 % (one round, no interval) |"
 
 
 @needs_report

@@ -326,6 +326,20 @@ def test_an_fp8_model_is_mixed_as_the_official_ones(tmp_path: Path) -> None:
     assert skipped == ["lm_head", *parts]
 
 
+@needs("tokenizers", "transformers")
+def test_a_model_with_scales_by_token_is_mixed_too(tmp_path: Path) -> None:
+    from gpu_models import make_model
+
+    from vllm_gdn_plugin.checkpoint import read_groups
+    from vllm_gdn_plugin.plan import AUTO, DUAL_STREAM
+
+    make_model("tiny", tmp_path, layers=8, quantization="fp8-per-token")
+    (group,) = read_groups(str(tmp_path), 1, "cuda", AUTO)
+    methods = (group.facts.qkvz.linear_method, group.facts.ba.linear_method)
+    assert methods == ("CompressedTensorsLinearMethod", "UnquantizedLinearMethod")
+    assert group.plan.strategy == DUAL_STREAM
+
+
 def test_the_models_have_the_projections_of_the_presets() -> None:
     from gpu_models import MODELS
 

@@ -1,5 +1,6 @@
 """The statistics of the bench: medians, spreads, and ratios of paired samples with their intervals."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,8 @@ def paired_ratio(samples: Sequence[float], baseline: Sequence[float]) -> Ratio:
 
 @dataclass(frozen=True)
 class Change:
-    """By how many percent paired samples lie above their baseline: geometric mean, and its 95 % interval."""
+    """By how many percent paired samples lie above their baseline: geometric mean, and its 95 % interval, which has no
+    bounds where there is but one pair."""
 
     mean: float
     low: float
@@ -98,7 +100,7 @@ def paired_change(samples: Sequence[float], baseline: Sequence[float]) -> Change
     """
     logs = np.log(ratios(samples, baseline))
     if len(logs) < 2:
-        return Change(_percent(float(logs.mean())), -100.0, float("inf"))
+        return Change(_percent(float(logs.mean())), -math.inf, math.inf)
     if np.ptp(logs) == 0.0:
         return Change(*[_percent(float(logs[0]))] * 3)
     found = ttest_1samp(logs, 0.0).confidence_interval(CONFIDENCE)

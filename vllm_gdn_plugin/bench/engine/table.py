@@ -1,5 +1,6 @@
 """A run as Markdown: one table for each thing measured, to paste into a pull request."""
 
+import math
 import shlex
 import statistics
 
@@ -83,6 +84,8 @@ def shown(change: Change | None) -> str:
     """A change and its interval, for a cell of a table."""
     if change is None:
         return ""
+    if math.isinf(change.low):
+        return f"{_percent(change.mean)} (one round, no interval)"
     interval = f"({_percent(change.low)} to {_percent(change.high)})"
     return f"{_percent(change.mean)} {interval}" if change.shows_difference else f"{NO_DIFFERENCE} {interval}"
 
