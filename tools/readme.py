@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_gdn_plugin.bench.engine.compile import COLD, WARM
 from vllm_gdn_plugin.bench.engine.results import EngineRun
+from vllm_gdn_plugin.bench.engine.serve import START
 from vllm_gdn_plugin.bench.engine.table import changes, shown
 from vllm_gdn_plugin.bench.engine.variants import OFF
 from vllm_gdn_plugin.bench.report import load
@@ -111,52 +112,105 @@ In a process that builds no GDN layer the entry point costs {statistics.median(c
 
 def engines() -> str:
     """What whole engines side by side show, and all that their results say against themselves."""
-    served, large, small = (
-        load(RESULTS / f"h200-{name}" / "serve.json")
-        for name in ("35B-A3B-16-layers", "27B-16-layers-in-process", "35B-A3B-16-layers-in-process")
+    whole, moe, fp8 = (served(name) for name in ("27B", "35B-A3B-32-layers", "27B-FP8-16-layers"))
+    first, first_fp8, apart = (
+        served(f"27B-{name}")
+        for name in ("4-layers-first-tokens", "FP8-4-layers-first-tokens", "FP8-4-layers-fork-join")
     )
-    assert isinstance(served, EngineRun)
-    assert isinstance(large, EngineRun)
-    assert isinstance(small, EngineRun)
-    for metric in ("output_tokens_per_s", "ttft_ms"):
-        found = [changes(served, metric, case, name) for case in served.cases(metric) for name in strategies_of(served)]
-        assert not any(change is None or change.shows_difference for change in found), f"{metric}: see the text below"
-    assert "fused at 1 to 512 tokens" in small.said[AUTO], "see the text below"
-    assert served.machine == large.machine == small.machine, "see the text below"
-    return f"""Models in bf16 with the widths of real ones, 16 of their layers and random weights, on one
-{served.machine.hardware} (vLLM {served.machine.vllm}, torch {served.machine.torch}, driver {served.machine.driver}):
-engines of stock and of each strategy, which take turns. Time per output token (TPOT) of stock, median, and its change,
-the mean and its 95 % interval over the rounds, of which the last was cut short. Each engine is one process: the
-intervals do not hold what two processes differ by.
+    by_token, eager = served("27B-FP8-per-token-16-layers"), served("27B-8-layers-eager")
+    all_ways, small = served("27B-16-layers-in-process"), served("35B-A3B-16-layers-in-process")
+    http = served("35B-A3B-16-layers")
+    runs = (whole, moe, fp8, first, first_fp8, apart, by_token, eager, all_ways, small, http)
+    assert all(run.machine == whole.machine for run in runs), "see the text below"
+    assert all("fused at 1 to 512 tokens" in run.said[AUTO] for run in (whole, moe)), "see the text below"
+    assert "dual_stream at 1 to 512 tokens" in fp8.said[AUTO], "see the text below"
+    assert nothing_shown(eager, FUSED), "see the text below"
+    assert nothing_shown(first, AUTO), "see the text below"
+    assert nothing_shown(by_token, DUAL_STREAM), "see the text below"
+    return f"""Random weights, on one {whole.machine.hardware} (vLLM {whole.machine.vllm}, torch
+{whole.machine.torch}, driver {whole.machine.driver}): an engine of stock and one with `auto`, stepped in turn without a
+server. Time per output token (TPOT) after prompts of 8 tokens, and time to the first token (TTFT) of one prompt: of
+stock, the median, and its change with `auto`, the mean and its 95 % interval over the rounds. Each engine is one
+process: the intervals do not hold what two processes differ by.
 
-Qwen3.5-27B (64 layers), stepped without a server, prompts of 8 tokens, answers of 48, {rounds_of(large)} rounds
-([every number, and the command](benchmarks/results/h200-27B-16-layers-in-process/serve.md)):
+{beside_stock((whole, moe, fp8))}
 
-{tpot(large)}
+For the bf16 models `auto` chose fused at every size, for FP8 dual_stream.
 
-By the medians, which a slow round does not move, `auto` changes TPOT by {medians_changed(large, AUTO)}. Time to the
-first token (TTFT), with `auto`: {ttft(large)}.
+The bad news in there: prompts just above the largest captured size, 512 tokens here. There the ops are called from
+Python, and dual_stream's runs vLLM's own Python code for a quantised projection, which stock has compiled away. Where
+the GPU waits for the CPU, as it does on this host, it shows: with four FP8 layers, all engines bound to two CPUs,
+TTFT of 1024 tokens changes by {change(first_fp8, "ttft_ms", "1024 in", AUTO)} in
+[one run](benchmarks/results/h200-27B-FP8-4-layers-first-tokens/serve.md) and
+{change(apart, "ttft_ms", "1024 in", DUAL_STREAM)} in
+[another](benchmarks/results/h200-27B-FP8-4-layers-fork-join/serve.md), one of 512 tokens
+{change(first_fp8, "ttft_ms", "512 in", AUTO)} and {change(apart, "ttft_ms", "512 in", DUAL_STREAM)}. With four layers
+in bf16, where `auto` fuses, [neither length](benchmarks/results/h200-27B-4-layers-first-tokens/serve.md) shows a
+difference; the 35B-A3B run above is from before fused's op was made to cost less.
+[Eager engines](benchmarks/results/h200-27B-8-layers-eager/serve.md) with fused show
+no difference either. If such prompts are what you serve, measure, and take `VLLM_GDN_PLUGIN_STRATEGY=serial` where it
+is slower.
 
-Qwen3.5-35B-A3B (40 layers), driven by `vllm bench serve`, prompts of 8 tokens, answers of 128, {rounds_of(served)}
-rounds, a test beside the first
-([every number, and the command](benchmarks/results/h200-35B-A3B-16-layers/serve.md)):
+FP8 with a scale for each token ([16 layers](benchmarks/results/h200-27B-FP8-per-token-16-layers/serve.md)), whose
+quantisation stock fuses with other work and the op does not: with dual_stream TPOT changes, by the medians, by
+{medians_changed(by_token, DUAL_STREAM)}; with the spread, no difference shown.
 
-{tpot(served)}
+Every strategy beside the others, with 16 layers:
+[Qwen3.5-27B](benchmarks/results/h200-27B-16-layers-in-process/serve.md), where `auto` changes TPOT, by the medians, by
+{medians_changed(all_ways, AUTO)};
+[Qwen3.5-35B-A3B](benchmarks/results/h200-35B-A3B-16-layers-in-process/serve.md), and
+[driven by `vllm bench serve`](benchmarks/results/h200-35B-A3B-16-layers/serve.md), where `auto` changes it by
+{change(http, "tpot_ms", "concurrency 16", AUTO)} at 16 requests. With so few layers a step of one request ends on the
+GPU before the CPU is ready for the next, and TPOT goes up and down by tens of percent with every engine: at 1 request
+`auto` once showed {change(small, "tpot_ms", "concurrency 1", AUTO)}, and `fused`, which replays the same kernels,
+{change(small, "tpot_ms", "concurrency 1", FUSED)}. With 32 layers, above, it does not.
 
-With few requests at once the times scatter by more than there is to gain; so do output tokens/s and TTFT everywhere: no
-difference shown. [Stepped without a server](benchmarks/results/h200-35B-A3B-16-layers-in-process/serve.md),
-{rounds_of(small)} rounds, this model's TPOT changes with `auto` by {change(small, "tpot_ms", 16, AUTO)} at 16 requests
-and {change(small, "tpot_ms", 8, AUTO)} at 8. At 1 to 4 it goes up and down by tens of percent there, too. The bad news
-in there: at 1 request `auto` shows {change(small, "tpot_ms", 1, AUTO)} and dual_stream
-{change(small, "tpot_ms", 1, DUAL_STREAM)}; `fused`, which replays the very kernels that `auto` does there,
-{change(small, "tpot_ms", 1, FUSED)}: that much, two processes can differ by. TTFT, with `auto`: {ttft(small)}.
-
-An [earlier run](benchmarks/results/h200-35B-A3B-24-layers/serve.md) with 24 layers had two rounds. How long an engine
-takes to start, and what it leaves for the KV cache, have not been measured on a GPU."""
+**Memory.** What PyTorch has given out once an engine has started, with `auto`: {memory_of(whole)} (Qwen3.5-27B),
+{memory_of(moe)} (35B-A3B), {memory_of(fp8)} (FP8). Timing the ways leaves cuBLAS a workspace for each of up to two more
+streams, which is 32 MiB on this GPU; the rest is what PyTorch's allocator cannot use beside a fused weight, about 1 MiB
+a layer."""
 
 
-def strategies_of(run: EngineRun) -> list[str]:
-    return [name for name in run.variants if name != OFF]
+def served(name: str) -> EngineRun:
+    run = load(RESULTS / f"h200-{name}" / "serve.json")
+    assert isinstance(run, EngineRun)
+    return run
+
+
+def nothing_shown(run: EngineRun, name: str) -> bool:
+    """Whether neither TPOT nor TTFT shows a difference in any case."""
+    found = [changes(run, metric, case, name) for metric in ("tpot_ms", "ttft_ms") for case in run.cases(metric)]
+    return not any(change is None or change.shows_difference for change in found)
+
+
+def beside_stock(runs: tuple[EngineRun, ...]) -> str:
+    """Stock's times and their change by ``auto``: a row for each case, a column for each model."""
+    where = "benchmarks/results/h200-{}/serve.md"
+    heads = [f"{MODELS[run.model]} ([{rounds_of(run)} rounds]({where.format(run.model)}))" for run in runs]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(runs)]
+    for metric, title, unit in (("tpot_ms", "TPOT", "requests at once"), ("ttft_ms", "TTFT", "tokens")):
+        for case in runs[0].cases(metric):
+            number = case.removeprefix("concurrency ").removesuffix(" in")
+            cells = " | ".join(beside(run, metric, case) for run in runs)
+            lines.append(f"| {title}, {'1 request' if case == 'concurrency 1' else f'{number} {unit}'} | {cells} |")
+    return "\n".join(lines)
+
+
+def beside(run: EngineRun, metric: str, case: str) -> str:
+    stock = run.values(metric, case, OFF).values()
+    return f"{statistics.median(stock):.4g} ms: {change(run, metric, case, AUTO)}" if stock else "not measured"
+
+
+MODELS = {
+    "27B": "Qwen3.5-27B, bf16, all 64 layers",
+    "35B-A3B-32-layers": "Qwen3.5-35B-A3B, bf16, 32 of 40 layers",
+    "27B-FP8-16-layers": "Qwen3.5-27B, FP8 in blocks, 16 of 64 layers",
+}
+
+
+def memory_of(run: EngineRun) -> str:
+    (stock,), (ours,) = (run.values("allocated_mib", START, name).values() for name in (OFF, AUTO))
+    return f"{stock:.0f} MiB {ours - stock:+.0f} MiB, {100 * (ours / stock - 1):.2f} %"
 
 
 def rounds_of(run: EngineRun) -> str:
@@ -176,28 +230,8 @@ def medians_changed(run: EngineRun, name: str) -> str:
     return ", ".join(found)
 
 
-def change(run: EngineRun, metric: str, concurrency: int, name: str) -> str:
-    return shown(changes(run, metric, f"concurrency {concurrency}", name))
-
-
-def tpot(run: EngineRun) -> str:
-    lines = ["| requests at once | stock |" + "".join(f" {name} |" for name in strategies_of(run))]
-    lines.append("|---|---|" + "---|" * len(strategies_of(run)))
-    for case in run.cases("tpot_ms"):
-        stock = statistics.median(run.values("tpot_ms", case, OFF).values())
-        cells = (shown(changes(run, "tpot_ms", case, name)) for name in strategies_of(run))
-        lines.append(f"| {case.removeprefix('concurrency ')} | {stock:.2f} ms | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def ttft(run: EngineRun) -> str:
-    """The change by ``auto`` for each length of the prompt."""
-    found = []
-    for case in run.cases("ttft_ms"):
-        stock = statistics.median(run.values("ttft_ms", case, OFF).values())
-        of = shown(changes(run, "ttft_ms", case, AUTO))
-        found.append(f"prompts of {case.removesuffix(' in')} tokens ({stock:.0f} ms), {of}")
-    return "; ".join(found)
+def change(run: EngineRun, metric: str, case: str, name: str) -> str:
+    return shown(changes(run, metric, case, name))
 
 
 def decode_step() -> str:
@@ -268,14 +302,22 @@ def percent(point: Point, strategy: str) -> float:
 
 
 def start_up() -> str:
-    whole, pieces = (load(RESULTS / name / "compile.json") for name in ("cpu", "cpu-piecewise"))
+    names = ("cpu", "cpu-piecewise", "h200-27B-4-layers-start-up")
+    whole, pieces, gpu = (load(RESULTS / name / "compile.json") for name in names)
     assert isinstance(whole, EngineRun)
+    assert isinstance(gpu, EngineRun)
     assert isinstance(pieces, EngineRun)
-    return f"""vLLM's CPU engine with a tiny model, {about_machine(whole.machine)}: seconds
-from the start of `vllm serve` to its first answer, median of {whole.rounds} interleaved rounds, and the change with its
-95 % interval ([every number](benchmarks/results/cpu/compile.md), `python benchmarks/cpu_compile.py`).
+    return f"""Seconds from the start of `vllm serve` to its first answer, median of {gpu.rounds} rounds, and the change
+with its 95 % interval. The widths of Qwen3.5-27B, 4 layers, random weights, {about_machine(gpu.machine)}, all rounds at
+the same time, which is why a start takes so long
+([every number, and the command](benchmarks/results/h200-27B-4-layers-start-up/compile.md)):
 
-{seconds(whole)}
+{seconds(gpu, AUTO)}
+
+vLLM's CPU engine with a tiny model, {about_machine(whole.machine)}, {whole.rounds} interleaved rounds
+([every number](benchmarks/results/cpu/compile.md), `python benchmarks/cpu_compile.py`):
+
+{seconds(whole, DUAL_STREAM)}
 
 And what the `LayerName` is for: compiled graphs over the number of layers, with the CPU engine made to compile
 piecewise as it does on a GPU ([every number](benchmarks/results/cpu-piecewise/compile.md)).
@@ -283,12 +325,12 @@ piecewise as it does on a GPU ([every number](benchmarks/results/cpu-piecewise/c
 {graphs(pieces)}"""
 
 
-def seconds(run: EngineRun) -> str:
-    lines = ["| caches | without the plugin | dual_stream | change |", "|---|---|---|---|"]
+def seconds(run: EngineRun, name: str) -> str:
+    lines = [f"| caches | without the plugin | {name} | change |", "|---|---|---|---|"]
     for case in (COLD, WARM):
-        off, on = (statistics.median(run.values("startup_s", case, name).values()) for name in (OFF, DUAL_STREAM))
-        change = shown(changes(run, "startup_s", case, DUAL_STREAM))
-        lines.append(f"| {'empty' if case == COLD else 'full'} | {off:.1f} s | {on:.1f} s | {change} |")
+        off, on = (statistics.median(run.values("startup_s", case, each).values()) for each in (OFF, name))
+        found = change(run, "startup_s", case, name)
+        lines.append(f"| {'empty' if case == COLD else 'full'} | {off:.1f} s | {on:.1f} s | {found} |")
     return "\n".join(lines)
 
 
