@@ -148,8 +148,8 @@ TTFT of 1024 tokens changes by {change(first_fp8, "ttft_ms", "1024 in", AUTO)} i
 in bf16, where `auto` fuses, [neither length](benchmarks/results/h200-27B-4-layers-first-tokens/serve.md) shows a
 difference; the 35B-A3B run above is from before fused's op was made to cost less.
 [Eager engines](benchmarks/results/h200-27B-8-layers-eager/serve.md) with fused show
-no difference either. If such prompts are what you serve, measure, and take `VLLM_GDN_PLUGIN_STRATEGY=serial` where it
-is slower.
+no difference either. If such prompts are what you serve, measure, and where it is slower, have vLLM capture larger
+sizes (`--max-cudagraph-capture-size`), or take `VLLM_GDN_PLUGIN_STRATEGY=serial`.
 
 FP8 with a scale for each token ([16 layers](benchmarks/results/h200-27B-FP8-per-token-16-layers/serve.md)), whose
 quantisation stock fuses with other work and the op does not: with dual_stream TPOT changes, by the medians, by
