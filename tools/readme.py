@@ -152,7 +152,8 @@ no difference either. If such prompts are what you serve, measure, and where it 
 sizes (`--max-cudagraph-capture-size`), or take `VLLM_GDN_PLUGIN_STRATEGY=serial`.
 
 FP8 with a scale for each token ([16 layers](benchmarks/results/h200-27B-FP8-per-token-16-layers/serve.md)), whose
-quantisation stock fuses with other work and the op does not: with dual_stream TPOT changes, by the medians, by
+quantisation stock leaves to Inductor, which can fuse it with the norm, and under the op not: with
+dual_stream TPOT changes, by the medians, by
 {medians_changed(by_token, DUAL_STREAM)}; with the spread, no difference shown.
 
 Every strategy beside the others, with 16 layers:
