@@ -127,49 +127,57 @@ def engines() -> str:
     assert nothing_shown(eager, FUSED), "see the text below"
     assert nothing_shown(first, AUTO), "see the text below"
     assert nothing_shown(by_token, DUAL_STREAM), "see the text below"
+    slower = ((fp8, AUTO), (first_fp8, AUTO), (apart, DUAL_STREAM))
+    assert all("+" in change(run, "ttft_ms", "1024 in", name)[:1] for run, name in slower), "see the text below"
     return f"""Random weights, on one {whole.machine.hardware} (vLLM {whole.machine.vllm}, torch
-{whole.machine.torch}, driver {whole.machine.driver}): an engine of stock and one with `auto`, stepped in turn without a
-server. Time per output token (TPOT) after prompts of 8 tokens, and time to the first token (TTFT) of one prompt: of
-stock, the median, and its change with `auto`, the mean and its 95 % interval over the rounds. Each engine is one
-process: the intervals do not hold what two processes differ by.
+{whole.machine.torch}, driver {whole.machine.driver}), without tensor parallelism: an engine of stock and one with
+`auto`, each a process, stepped in turn without a server ([in_process.py](benchmarks/in_process.py)). Time per output
+token (TPOT) after prompts of 8 tokens, with contexts of some 40, and time to the first token (TTFT) of one prompt. Each
+cell: stock's median, then the mean change with `auto` and its 95 % interval over the rounds. The intervals do not
+include how much two starts of the same engine differ. At 8 requests, FP8 gains more than the projections can give: such
+differences are of that size.
 
 {beside_stock((whole, moe, fp8))}
 
-For the bf16 models `auto` chose fused at every size, for FP8 dual_stream.
+In these runs `auto` chose fused at every size for the bf16 models, and dual_stream for FP8. In others with the shape of
+Qwen3.5-27B its times were in favour of dual_stream up to 16 or 32 tokens: the two are close there.
 
-The bad news in there: prompts just above the largest captured size, 512 tokens here. There the ops are called from
-Python, and dual_stream's runs vLLM's own Python code for a quantised projection, which stock has compiled away. Where
-the GPU waits for the CPU, as it does on this host, it shows: with four FP8 layers, all engines bound to two CPUs,
-TTFT of 1024 tokens changes by {change(first_fp8, "ttft_ms", "1024 in", AUTO)} in
-[one run](benchmarks/results/h200-27B-FP8-4-layers-first-tokens/serve.md) and
+The bad news in there: steps with more tokens than the largest captured size, 512 here; seen at 1024, not at 8192. There
+the ops are called from Python. With FP8, whose own Python code then runs, too, TTFT of 1024 tokens is longer in three
+of three runs: the one above, and with four layers and all engines bound to two CPUs
+{change(first_fp8, "ttft_ms", "1024 in", AUTO)} in
+[one](benchmarks/results/h200-27B-FP8-4-layers-first-tokens/serve.md) and, with dual_stream,
 {change(apart, "ttft_ms", "1024 in", DUAL_STREAM)} in
-[another](benchmarks/results/h200-27B-FP8-4-layers-fork-join/serve.md), one of 512 tokens
-{change(first_fp8, "ttft_ms", "512 in", AUTO)} and {change(apart, "ttft_ms", "512 in", DUAL_STREAM)}. With four layers
-in bf16, where `auto` fuses, [neither length](benchmarks/results/h200-27B-4-layers-first-tokens/serve.md) shows a
-difference; the 35B-A3B run above is from before fused's op was made to cost less.
-[Eager engines](benchmarks/results/h200-27B-8-layers-eager/serve.md) with fused show
-no difference either. If such prompts are what you serve, measure, and where it is slower, have vLLM capture larger
-sizes (`--max-cudagraph-capture-size`), or take `VLLM_GDN_PLUGIN_STRATEGY=serial`.
+[another](benchmarks/results/h200-27B-FP8-4-layers-fork-join/serve.md). 512 tokens, which are captured, give
+{change(first_fp8, "ttft_ms", "512 in", AUTO)} and {change(apart, "ttft_ms", "512 in", DUAL_STREAM)} there. The likely
+reason, not traced: the GPU waits for the CPU of this host. Qwen3.5-35B-A3B with fused is slower at 1024 tokens, too
+(above); what fused asks at each call has been made a third cheaper since, and that run has not been repeated.
+With four layers in bf16 and `auto`,
+[no length shows a difference](benchmarks/results/h200-27B-4-layers-first-tokens/serve.md); nor do
+[eager engines](benchmarks/results/h200-27B-8-layers-eager/serve.md) with fused, within some percent. If such prompts
+are what you serve, measure; where it is slower, take `VLLM_GDN_PLUGIN_STRATEGY=serial`, or have vLLM capture larger
+sizes (`--max-cudagraph-capture-size`; not measured, it takes memory and time to start).
 
-FP8 with a scale for each token ([16 layers](benchmarks/results/h200-27B-FP8-per-token-16-layers/serve.md)), whose
-quantisation stock leaves to Inductor, which can fuse it with the norm, and under the op not: with
-dual_stream TPOT changes, by the medians, by
-{medians_changed(by_token, DUAL_STREAM)}; with the spread, no difference shown.
+FP8 with a scale for each token ([16 layers](benchmarks/results/h200-27B-FP8-per-token-16-layers/serve.md)): stock
+leaves the quantisation to Inductor, which can fuse it with the norm, but cannot under the op. With dual_stream TPOT
+changes, by the medians, by {medians_changed(by_token, DUAL_STREAM)}; with the spread, no difference shown.
 
 Every strategy beside the others, with 16 layers:
 [Qwen3.5-27B](benchmarks/results/h200-27B-16-layers-in-process/serve.md), where `auto` changes TPOT, by the medians, by
 {medians_changed(all_ways, AUTO)};
 [Qwen3.5-35B-A3B](benchmarks/results/h200-35B-A3B-16-layers-in-process/serve.md), and
-[driven by `vllm bench serve`](benchmarks/results/h200-35B-A3B-16-layers/serve.md), where `auto` changes it by
-{change(http, "tpot_ms", "concurrency 16", AUTO)} at 16 requests. With so few layers a step of one request ends on the
-GPU before the CPU is ready for the next, and TPOT goes up and down by tens of percent with every engine: at 1 request
-`auto` once showed {change(small, "tpot_ms", "concurrency 1", AUTO)}, and `fused`, which replays the same kernels,
-{change(small, "tpot_ms", "concurrency 1", FUSED)}. With 32 layers, above, it does not.
+[driven by `vllm bench serve`](benchmarks/results/h200-35B-A3B-16-layers/serve.md), where `auto` changes TPOT by
+{change(http, "tpot_ms", "concurrency 16", AUTO)} at 16 requests. With so few layers a step of one request probably ends
+on the GPU before the CPU is ready for the next: TPOT goes up and down by tens of percent with every engine. At 1
+request `auto` once showed {change(small, "tpot_ms", "concurrency 1", AUTO)}, dual_stream
+{change(small, "tpot_ms", "concurrency 1", DUAL_STREAM)}, and `fused`, which replays the same kernels as `auto` there,
+{change(small, "tpot_ms", "concurrency 1", FUSED)}. With 32 layers, above, neither is seen.
 
-**Memory.** What PyTorch has given out once an engine has started, with `auto`: {memory_of(whole)} (Qwen3.5-27B),
-{memory_of(moe)} (35B-A3B), {memory_of(fp8)} (FP8). Timing the ways leaves cuBLAS a workspace for each of up to two more
-streams, which is 32 MiB on this GPU; the rest is what PyTorch's allocator cannot use beside a fused weight, about 1 MiB
-a layer."""
+**Memory.** What PyTorch has allocated once an engine has started, with `auto`: {memory_of(whole)} (Qwen3.5-27B),
+{memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start), {memory_of(fp8)} (FP8). Timing the ways
+leaves cuBLAS a workspace for each of two more streams, together 64 MiB on this GPU; the rest is lost to rounding beside
+the fused weights, 1 to 2 MiB a layer. Where vLLM sizes the KV cache by the memory it finds, it should come out of that
+(not measured: these runs fix the KV cache)."""
 
 
 def served(name: str) -> EngineRun:
@@ -308,9 +316,9 @@ def start_up() -> str:
     assert isinstance(whole, EngineRun)
     assert isinstance(gpu, EngineRun)
     assert isinstance(pieces, EngineRun)
-    return f"""Seconds from the start of `vllm serve` to its first answer, median of {gpu.rounds} rounds, and the change
-with its 95 % interval. The widths of Qwen3.5-27B, 4 layers, random weights, {about_machine(gpu.machine)}, all rounds at
-the same time, which is why a start takes so long
+    return f"""Seconds from the start of `vllm serve` until `/health` answers, median of {gpu.rounds} rounds, and the
+change with its 95 % interval; caches are vLLM's, Inductor's and Triton's. The widths of Qwen3.5-27B, 4 layers, random
+weights, {about_machine(gpu.machine)}, all ten engines starting at the same time, which is why it takes so long
 ([every number, and the command](benchmarks/results/h200-27B-4-layers-start-up/compile.md)):
 
 {seconds(gpu, AUTO)}
