@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import re
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
@@ -174,11 +175,13 @@ def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def after_loading(action: Callable[[Any], None]) -> Any:
-    """A ``quant_method`` for a layer: vLLM's loaders call it on the layer once its weights are in place.
+def after_loading(layer: Any, action: Callable[[Any], None]) -> Any:
+    """A module for ``layer`` to hold, whose ``quant_method`` vLLM's loaders call once the weights are in place.
 
-    All but tensorizer's, after which a layer runs as planned and the report is left out.
+    All but tensorizer's, after which a layer runs as planned and the report is left out. It has no parameters: vLLM
+    excuses those below a module with such a method where a checkpoint lacks them, so the layer itself must have none.
     """
+    import torch
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
     class AfterLoading(QuantizeMethodBase):  # type: ignore[misc]
@@ -192,9 +195,12 @@ def after_loading(action: Callable[[Any], None]) -> Any:
             raise NotImplementedError("a GDN layer is called by its forward")
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            action(layer)
+            action(known())
 
-    return AfterLoading()
+    known = weakref.ref(layer)  # the layer holds the module, which must not hold the layer
+    module = torch.nn.Module()
+    module.quant_method = AfterLoading()
+    return module
 
 
 def captured_sizes() -> tuple[int, ...]:

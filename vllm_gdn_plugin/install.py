@@ -88,7 +88,7 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
         chosen = plan(facts, settings.strategy)
         if chosen.strategy == SERIAL:
             raise Refused(chosen.reason)
-        after_loading = host.after_loading(partial(loaded, settings, platform))
+        after_loading = host.after_loading(layer, partial(loaded, settings, platform))
         layer.gdn_max_tokens = settings.max_tokens
         layer.gdn_tuned = {}
         layer.gdn_safe_pair = share_no_scratch(facts.qkvz.linear_method, facts.ba.linear_method)
@@ -97,7 +97,7 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
 
             layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
             layer.gdn_padding = layer.gdn_fused.padding
-        layer.quant_method = after_loading
+        layer.gdn_after_loading = after_loading
         layer.gdn_strategy = chosen.strategy
         ledger.record(layer.prefix, chosen.strategy)
         if settings.strategy == AUTO and settings.tune:

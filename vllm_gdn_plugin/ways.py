@@ -47,6 +47,7 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
                 break
             prepared = {way: timer.prepare(partial(_all_layers, ways[way], layers, x))[0] for way in case.ways}
             samples = timer.measure(prepared, ROUNDS)
+            prepared.clear()  # a graph that ends later could give back the workspace of the next ones
             times[tokens] = {way: statistics.median(values) / len(layers) for way, values in samples.items()}
     return times
 

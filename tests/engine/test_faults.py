@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from witness import BREAKS
 
 HERE = Path(__file__).parent
@@ -146,3 +147,19 @@ def test_handles_and_memory_do_not_grow_with_requests(
         assert got["op_calls"]["dual_stream"] > 100
         assert got["files"] <= stock["files"]
         assert got["objects"] - stock["objects"] < got["requests"], "less than one a request"
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused_as_by_stock(
+    run_generate: Callable[..., dict[str, Any]], models: Callable[[str], Path], scratch: Path
+) -> None:
+    """vLLM excuses missing parameters below a module that has a method for after loading."""
+    damaged = scratch / "models" / "qwen3_5_without_a_log"
+    shutil.copytree(models("qwen3_5"), damaged)
+    (file,) = damaged.glob("*.safetensors")
+    weights = load_file(file)
+    (name,) = [name for name in weights if name.endswith("layers.0.linear_attn.A_log")]
+    del weights[name]
+    save_file(weights, file, {"format": "pt"})
+    log = run_generate(damaged.name, env=ON, fails=True)["log"]
+    assert "Following weights were not initialized from checkpoint" in log
+    assert "layers.0.linear_attn.A_log" in log

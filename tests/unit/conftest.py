@@ -256,7 +256,14 @@ def direct_register_custom_op(name, function, **options):
     pass
 """,
     GDN: LAYER,
-    "torch": 'from torch import cuda as cuda\n\n__version__ = "2.13.0+stub"\n',
+    "torch": """
+from types import SimpleNamespace
+
+from torch import cuda as cuda
+
+__version__ = "2.13.0+stub"
+nn = SimpleNamespace(Module=type("Module", (), {}))
+""",
     "torch.cuda": """
 touched = []
 

@@ -414,17 +414,17 @@ def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any, monk
         assert (layer.gdn_strategy, layer.gdn_max_tokens, layer.gdn_safe_pair) == ("dual_stream", 7, True)
     assert plugin.said == [], "until then a loader can still change a layer"
     for layer in layers:
-        layer.quant_method.process_weights_after_loading(layer)
+        layer.gdn_after_loading.quant_method.process_weights_after_loading(layer)
     ((level, message),) = plugin.said
     assert level == "info"
     for part in ("dual_stream on 3 of 3 GDN layers", "platform cuda", "vLLM 0.32.0"):
         assert part in message
     assert "dual_stream" in plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"]
     for layer in layers:
-        layer.quant_method.process_weights_after_loading(layer)
+        layer.gdn_after_loading.quant_method.process_weights_after_loading(layer)
     assert len(plugin.said) == 1, "a reload changes nothing"
     another = plugin.import_gdn()("layers.0")
-    another.quant_method.process_weights_after_loading(another)
+    another.gdn_after_loading.quant_method.process_weights_after_loading(another)
     assert "dual_stream on 1 of 1 GDN layers" in plugin.said[1][1], "and a second engine has a line of its own"
 
 
@@ -451,7 +451,7 @@ def test_auto_chooses_by_time_and_what_is_asked_for_by_name_does_not(
     assert all(facts.qkvz.output_size == 6 for _, facts in added)
     if variables != {"STRATEGY": "fused"}:  # whose weights do not lie on one device here
         for layer in layers:
-            layer.quant_method.process_weights_after_loading(layer)
+            layer.gdn_after_loading.quant_method.process_weights_after_loading(layer)
         ((_, message),) = plugin.said
         assert message.endswith("(platform cuda, vLLM 0.32.0); in CUDA graphs words")
         assert ran == layers[-1:], "the others' weights are in place by then, and not before"
@@ -486,7 +486,7 @@ def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(
         layer.gdn_fused.is_loaded = lambda still=still: still
 
     for layer in layers:
-        layer.quant_method.process_weights_after_loading(layer)
+        layer.gdn_after_loading.quant_method.process_weights_after_loading(layer)
     assert [layer.gdn_strategy for layer in layers] == ["fused" if still else "serial" for still in in_place]
     assert levels(plugin) == [level for level, _ in said]
     assert all(told in message for (_, told), (_, message) in zip(said, plugin.said, strict=True))
@@ -619,8 +619,8 @@ def test_memory_and_handles_do_not_grow(plugin: Any, case: Any, monkeypatch: pyt
             plugin.replaced.clear()
             plugin.register()
             for layer in [stock(f"layers.{i}") for i in range(3)]:
-                if hasattr(layer, "quant_method"):
-                    layer.quant_method.process_weights_after_loading(layer)
+                if hasattr(layer, "gdn_after_loading"):
+                    layer.gdn_after_loading.quant_method.process_weights_after_loading(layer)
             del layer
             plugin.said[:] = plugin.said[:1]
         gc.collect()
@@ -679,7 +679,7 @@ def test_each_pipeline_stage_speaks_for_its_own_layers(
     plugin.register()
     layer = plugin.import_gdn()()
     if not refused:
-        layer.quant_method.process_weights_after_loading(layer)
+        layer.gdn_after_loading.quant_method.process_weights_after_loading(layer)
     told = "LoRA is enabled" if refused else f"dual_stream on 1 of 1 GDN layers{stage} (platform cuda"
     assert [told in message for _, message in plugin.said] == ([] if stage is None else [True])
     for _ in range(2):
