@@ -203,6 +203,15 @@ def after_loading(layer: Any, action: Callable[[Any], None]) -> Any:
     return module
 
 
+def hold_first(layer: Any, module: Any) -> None:
+    """Have ``layer`` hold the module of :func:`after_loading` before all others: in this order vLLM comes to them, and
+    a projection that it has come to may have its weight packed."""
+    layer.gdn_after_loading = module
+    modules = vars(layer).get("_modules", {})
+    for name in [name for name in modules if modules[name] is not module]:
+        modules[name] = modules.pop(name)
+
+
 def captured_sizes() -> tuple[int, ...]:
     """The numbers of tokens for which vLLM will capture a CUDA graph, as far as its configuration tells; none where
     the model's memory is vLLM's own allocator's (sleep mode), in which nothing else should be captured meanwhile.

@@ -97,7 +97,7 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
 
             layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
             layer.gdn_padding = layer.gdn_fused.padding
-        layer.gdn_after_loading = after_loading
+        host.hold_first(layer, after_loading)
         layer.gdn_strategy = chosen.strategy
         ledger.record(layer.prefix, chosen.strategy)
         if settings.strategy == AUTO and settings.tune:
