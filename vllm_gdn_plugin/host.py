@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import re
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -222,8 +223,12 @@ def captured_sizes() -> tuple[int, ...]:
     from vllm.config.vllm import get_current_vllm_config
 
     config = get_current_vllm_config()
-    model = config.model_config
-    if getattr(model, "enable_sleep_mode", False) or getattr(model, "enable_cumem_allocator", False):
+    # A draft model has a configuration of its own, and is loaded into the memory of its target.
+    target = getattr(getattr(config, "speculative_config", None), "target_model_config", None)
+    if any(
+        getattr(m, "enable_sleep_mode", False) or getattr(m, "enable_cumem_allocator", False)
+        for m in (config.model_config, target)
+    ):
         return ()
     sizes = set(getattr(config.compilation_config, "cudagraph_capture_sizes", None) or ())
     request = 1 + config.num_speculative_tokens
@@ -244,6 +249,25 @@ def unchanged_stream() -> Iterator[None]:
     finally:
         torch.cuda.set_stream(stream)
         _current_stream_tls.value = known
+
+
+_thread = threading.local()
+
+
+def prepare_aux_stream() -> None:
+    """Have this thread's cuBLAS allocate its workspace for the auxiliary stream, once, outside a capture.
+
+    One that is allocated within a capture belongs to the graphs' memory pool, and outlives the graphs there: a pool
+    that is still in use when its owner has given it up fails the next capture.
+    """
+    if getattr(_thread, "prepared", False):
+        return
+    import torch
+    from vllm.utils.torch_utils import aux_stream
+
+    with unchanged_stream(), torch.cuda.stream(aux_stream()):
+        torch.cuda.current_blas_handle()
+    _thread.prepared = True
 
 
 def tuning_directory() -> Path:

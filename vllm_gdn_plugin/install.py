@@ -83,7 +83,7 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
     """Plan a layer that vLLM has just constructed. A layer that cannot be planned stays serial."""
     layer.gdn_strategy = SERIAL
     with stepping_aside(settings, speaks=host.is_first_rank_of_stage):
-        ledger.construct(layer.prefix)
+        ledger.construct(layer)
         facts = replace(host.layer_facts(layer, platform), overlap_allowed=settings.max_tokens > 0)
         chosen = plan(facts, settings.strategy)
         if chosen.strategy == SERIAL:

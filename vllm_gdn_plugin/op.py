@@ -58,7 +58,10 @@ def project_apart(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> 
 def fork_and_join(layer: Any, hidden_states: torch.Tensor) -> Overlap:
     """The two events and the stream of a call that overlaps; none for one that runs serially, also where this fails."""
     try:
-        if why_serial(layer, hidden_states) is not None:
+        reason = why_serial(layer, hidden_states)
+        if reason is StaysSerial.NOT_CAPTURING:
+            host.prepare_aux_stream()
+        if reason is not None:
             return SERIALLY
         # Only reached while a graph is captured: events made here cost nothing at replay and are shared with nobody.
         return torch.cuda.Event(), torch.cuda.Event(), aux_stream()

@@ -2,9 +2,11 @@
 
 import hashlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import extract_tb
+from typing import Any
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
@@ -20,19 +22,30 @@ class Ledger:
     """The strategies of this process's layers by name, and which layers are not yet loaded or reported."""
 
     def __init__(self) -> None:
+        self.layers: dict[str, Callable[[], Any]] = {}
+        """Weak references, by name."""
         self.strategies: dict[str, str] = {}
         self.loading: set[str] = set()
         self.pending: set[str] = set()
 
-    def construct(self, layer_name: str) -> None:
+    def construct(self, layer: Any) -> None:
         """A layer has been constructed, and is serial until it is planned.
 
         An engine has one layer of a name. So another engine begins in this process where the name is known, and what
-        an earlier one has left, unfinished if it failed to load, is none of its business.
+        an earlier one has left, unfinished if it failed to load, is none of its business; nor are layers that are gone.
         """
-        if layer_name in self.strategies:
+        if layer.prefix in self.layers:
             self.__init__()  # type: ignore[misc]
-        self.record(layer_name, SERIAL)
+        for name in [name for name, known in self.layers.items() if known() is None]:
+            self.forget(name)
+        self.layers[layer.prefix] = weakref.ref(layer)
+        self.record(layer.prefix, SERIAL)
+
+    def forget(self, layer_name: str) -> None:
+        """A layer is gone, with the engine that it was a part of."""
+        del self.layers[layer_name], self.strategies[layer_name]
+        self.loading.discard(layer_name)
+        self.pending.discard(layer_name)
 
     def record(self, layer_name: str, strategy: str) -> None:
         """A layer has been planned. One that is not serial is finished once its weights are in place."""

@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.plan import LayerFacts, ProjectionFacts, choices
+from vllm_gdn_plugin.plan import DUAL_STREAM, LayerFacts, ProjectionFacts, choices
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 Times = dict[int, dict[str, float]]
@@ -146,6 +146,8 @@ class Tuner:
                 continue
             try:
                 chosen, how = _chosen(case, [layer for layer in layers if layer is not last], alike[-1][1])
+                if DUAL_STREAM in chosen.values():
+                    host.prepare_aux_stream()
             except Exception as error:
                 warn_once(UNTIMED, unexpected(error))
                 continue

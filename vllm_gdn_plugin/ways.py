@@ -41,6 +41,7 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
         xs = {n: torch.randn(n, case.hidden_size, dtype=dtype, device="cuda", generator=own) for n in sizes}
         for tokens in (sizes[0], sizes[-1]):  # what vLLM would compile later at any rate is not on our account
             _all_layers(ways[SERIAL], layers[:1], xs[tokens])
+        host.prepare_aux_stream()
         end = time.perf_counter() + SECONDS
         for tokens, x in xs.items():
             if time.perf_counter() > end:

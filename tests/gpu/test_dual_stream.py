@@ -1,7 +1,9 @@
 """The op on a GPU: bit-equal to the serial projections, eager and in CUDA graphs, on the streams it says."""
 
+import gc
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -199,3 +201,26 @@ def test_many_replays_with_other_work_on_the_auxiliary_stream(
             wrong += (got.view(torch.int16) != want.view(torch.int16)).any()
     torch.cuda.synchronize()
     assert wrong.item() == 0
+
+
+def test_a_graph_that_overlapped_leaves_nothing_in_its_memory_pool(
+    make_layer: Callable[..., Any], vllm_config: Any
+) -> None:
+    """cuBLAS's workspace for the second stream is not in it: a pool that outlives its graphs fails the next engine."""
+    import torch
+
+    layer = make_layer(SHAPES["27B"])
+
+    def overlapped() -> Any:
+        x = torch.randn(4, 5120, device="cuda", dtype=torch.bfloat16)
+        with context(vllm_config):
+            graph, _ = capture(lambda: op(layer, x))
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph.pool()
+
+    with ThreadPoolExecutor(1) as thread:  # another thread has another cuBLAS handle, which has no workspaces yet
+        pool = thread.submit(overlapped).result()
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert [s["total_size"] for s in torch.cuda.memory_snapshot() if tuple(s["segment_pool_id"]) == tuple(pool)] == []

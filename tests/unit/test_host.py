@@ -178,6 +178,8 @@ def test_a_package_without_a_directory_is_no_vllm(ours: Any, plugin: Any) -> Non
         ({"compilation_config.cudagraph_capture_sizes": [], "num_speculative_tokens": 2}, ()),
         ({"model_config.enable_sleep_mode": True}, ()),
         ({"model_config.enable_cumem_allocator": True}, ()),
+        ({"speculative_config": SimpleNamespace(target_model_config=SimpleNamespace())}, (1, 2, 4, 8)),
+        ({"speculative_config": SimpleNamespace(target_model_config=SimpleNamespace(enable_sleep_mode=True))}, ()),
     ],
     ids=str,
 )

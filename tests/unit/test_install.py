@@ -494,16 +494,27 @@ def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(
     assert key.startswith(f"{vllm_gdn_plugin.__version__} {state}")
 
 
-def test_an_engine_that_failed_to_load_does_not_silence_the_next() -> None:
-    """In one process: the layers were waiting for their weights, and the next model has fewer of them."""
+@pytest.mark.parametrize(("names", "collected"), [("abcd", False), ("abcd", True), ("wxyz", True)])
+def test_an_engine_that_failed_to_load_does_not_silence_the_next(names: str, collected: bool) -> None:
+    """In one process: the layers were waiting for their weights, and the next model has fewer of them, or others."""
+
+    class Layer:
+        def __init__(self, prefix: str) -> None:
+            self.prefix = prefix
+
     ledger, alone = Ledger(), Ledger()
-    for name in ("a", "b", "c", "d"):
-        ledger.construct(name)
-        ledger.record(name, "fused")
-    ledger.finish("a", "fused")
+    failed = [Layer(name) for name in names]
+    for layer in failed:
+        ledger.construct(layer)
+        ledger.record(layer.prefix, "fused")
+    ledger.finish(names[0], "fused")
+    if collected:
+        del failed, layer
+    layers = []
     for one in (ledger, alone):
         for name, strategy in {"a": "serial", "b": "fused"}.items():
-            one.construct(name)
+            layers.append(Layer(name))
+            one.construct(layers[-1])
             one.record(name, strategy)
         one.finish("b", "fused")
         assert one.summary() == "fused on 1 of 2 GDN layers"

@@ -145,6 +145,7 @@ class Engine:
         self.takes = at(3, 2, 4)
         self.timed: list[tuple[list[Any], Case, list[int]]] = []
         self.said: list[tuple[str, str]] = []
+        self.prepared = 0
         self.tuner = Tuner()
         ways = ModuleType("vllm_gdn_plugin.ways")
         ways.timed = self._time  # type: ignore[attr-defined]
@@ -158,6 +159,7 @@ class Engine:
             "driver": lambda: "580.1",
             "version": lambda: "0.26.0",
             "tuning_directory": lambda: directory,
+            "prepare_aux_stream": lambda: setattr(self, "prepared", self.prepared + 1),
         }.items():
             monkeypatch.setattr(host, name, value)
         monkeypatch.setattr(tuning, "warn_once", lambda *line: self.said.append(line))
@@ -188,6 +190,7 @@ def test_loaded_layers_are_timed_once_and_all_get_the_choice(engine: Engine, tmp
     assert all(layer.gdn_tuned == {1: DUAL_STREAM, 2: DUAL_STREAM, 4: DUAL_STREAM} for layer in layers)
     assert phrase.startswith("dual_stream at 1 to 4 tokens (timed in ")
     assert recall(case, tmp_path) == dict.fromkeys((1, 2, 4), engine.takes)
+    assert engine.prepared == 1, "the captures to come find the auxiliary stream's workspace in place"
     assert engine.tuner.run(layers[-1]) == "", "a reload times nothing"
     assert len(engine.timed) == 1
     assert engine.said == []
@@ -199,6 +202,7 @@ def test_the_next_start_times_only_what_is_new(engine: Engine) -> None:
     again = engine.layers(2)
     assert engine.tuner.run(again[-1]) == "dual_stream at 1 to 4 tokens (timed at an earlier start)"
     assert again[0].gdn_tuned == first[0].gdn_tuned
+    assert engine.prepared == 2, "another start, another process"
     engine.sizes, engine.takes = (1, 8, 16), at(2, 3, 4)
     layers = engine.layers(2)
     phrase = engine.tuner.run(layers[-1])
