@@ -1,6 +1,6 @@
 """Models with the sizes of real ones and no weights, for `--load-format dummy`: a configuration and a tokenizer.
 
-    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N] [--quantization fp8|fp8-per-token]
+    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N] [--quantization awq|fp8|fp8-per-token]
 
 The tokenizer has a word for each id below WORDS (but the first 27), so that ids become text and the same ids again:
 clients that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`. The ids above have no
@@ -117,7 +117,19 @@ def fp8_per_token(layer_types: list[str]) -> dict[str, Any]:
     }
 
 
-QUANTIZATIONS = {"fp8": fp8, "fp8-per-token": fp8_per_token}
+def awq(layer_types: list[str]) -> dict[str, Any]:
+    """AWQ with 4 bits in groups of 128; a GDN layer stays in bfloat16, as in most AWQ checkpoints of such models."""
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["lm_head", "linear_attn"],
+    }
+
+
+QUANTIZATIONS = {"awq": awq, "fp8": fp8, "fp8-per-token": fp8_per_token}
 
 
 def make_model(name: str, directory: Path, layers: int | None = None, quantization: str | None = None) -> Path:

@@ -340,6 +340,20 @@ def test_a_model_with_scales_by_token_is_mixed_too(tmp_path: Path) -> None:
     assert group.plan.strategy == DUAL_STREAM
 
 
+@needs("tokenizers", "transformers")
+def test_an_awq_model_leaves_its_gdn_layers_in_the_models_dtype(tmp_path: Path) -> None:
+    from gpu_models import make_model
+
+    from vllm_gdn_plugin.checkpoint import read_groups
+    from vllm_gdn_plugin.plan import AUTO, FUSED
+
+    make_model("tiny", tmp_path, layers=8, quantization="awq")
+    (group,) = read_groups(str(tmp_path), 1, "cuda", AUTO)
+    methods = (group.facts.qkvz.linear_method, group.facts.ba.linear_method)
+    assert methods == ("UnquantizedLinearMethod", "UnquantizedLinearMethod")
+    assert group.plan.strategy == FUSED
+
+
 def test_the_models_have_the_projections_of_the_presets() -> None:
     from gpu_models import MODELS
 
