@@ -112,7 +112,8 @@ In a process that builds no GDN layer the entry point costs {statistics.median(c
 
 def engines() -> str:
     """What whole engines side by side show, and all that their results say against themselves."""
-    whole, moe, fp8 = (served(name) for name in ("27B", "35B-A3B-32-layers", "27B-FP8-16-layers"))
+    whole, awq, moe, fp8 = (served(name) for name in ("27B", "27B-AWQ", "35B-A3B-32-layers", "27B-FP8-16-layers"))
+    moe_again = served("35B-A3B-32-layers-again")
     first, first_fp8, apart = (
         served(f"27B-{name}")
         for name in ("4-layers-first-tokens", "FP8-4-layers-first-tokens", "FP8-4-layers-fork-join")
@@ -120,10 +121,12 @@ def engines() -> str:
     by_token, eager = served("27B-FP8-per-token-16-layers"), served("27B-8-layers-eager")
     all_ways, small = served("27B-16-layers-in-process"), served("35B-A3B-16-layers-in-process")
     http = served("35B-A3B-16-layers")
-    runs = (whole, moe, fp8, first, first_fp8, apart, by_token, eager, all_ways, small, http)
+    runs = (whole, awq, moe, moe_again, fp8, first, first_fp8, apart, by_token, eager, all_ways, small, http)
     assert all(run.machine == whole.machine for run in runs), "see the text below"
     assert all("fused at 1 to 512 tokens" in run.said[AUTO] for run in (whole, moe)), "see the text below"
+    assert "dual_stream at 1 to 32 tokens, fused at 64 to 512 tokens" in awq.said[AUTO], "see the text below"
     assert "dual_stream at 1 to 512 tokens" in fp8.said[AUTO], "see the text below"
+    assert "no difference" in change(moe_again, "ttft_ms", "1024 in", AUTO), "see the text below"
     assert nothing_shown(eager, FUSED), "see the text below"
     assert nothing_shown(first, AUTO), "see the text below"
     assert nothing_shown(by_token, DUAL_STREAM), "see the text below"
@@ -137,10 +140,13 @@ cell: stock's median, then the mean change with `auto` and its 95 % interval ove
 include how much two starts of the same engine differ. At 8 requests, FP8 gains more than the projections can give: such
 differences are of that size.
 
-{beside_stock((whole, moe, fp8))}
+{beside_stock((whole, awq, moe, fp8))}
 
-In these runs `auto` chose fused at every size for the bf16 models, and dual_stream for FP8. In others with the shape of
-Qwen3.5-27B its times were in favour of dual_stream up to 16 or 32 tokens: the two are close there.
+In these runs `auto` chose fused at every size for the bf16 models, dual_stream for FP8, and for AWQ, whose GDN layers
+are bf16 as well, dual_stream up to 32 tokens and fused above: in bf16 the two are close at few tokens, and the times
+of one start favour the one, those of another the other. [Another
+run](benchmarks/results/h200-35B-A3B-32-layers-again/serve.md) of Qwen3.5-35B-A3B, with a mix of both, changed TPOT, by
+the medians, by {medians_changed(moe_again, AUTO)}.
 
 The bad news in there: steps with more tokens than the largest captured size, 512 here; seen at 1024, not at 8192. There
 the ops are called from Python. With FP8, whose own Python code then runs, too, TTFT of 1024 tokens is longer in three
@@ -151,7 +157,8 @@ of three runs: the one above, and with four layers and all engines bound to two 
 [another](benchmarks/results/h200-27B-FP8-4-layers-fork-join/serve.md). 512 tokens, which are captured, give
 {change(first_fp8, "ttft_ms", "512 in", AUTO)} and {change(apart, "ttft_ms", "512 in", DUAL_STREAM)} there. The likely
 reason, not traced: the GPU waits for the CPU of this host. Qwen3.5-35B-A3B with fused is slower at 1024 tokens, too
-(above); what fused asks at each call has been made a third cheaper since, and that run has not been repeated.
+(above). What fused asks at each call has been made a third cheaper since; the other run of it gives
+{change(moe_again, "ttft_ms", "1024 in", AUTO)}, which is too wide to tell.
 With four layers in bf16 and `auto`,
 [no length shows a difference](benchmarks/results/h200-27B-4-layers-first-tokens/serve.md); nor do
 [eager engines](benchmarks/results/h200-27B-8-layers-eager/serve.md) with fused, within some percent. If such prompts
@@ -174,7 +181,8 @@ request `auto` once showed {change(small, "tpot_ms", "concurrency 1", AUTO)}, du
 {change(small, "tpot_ms", "concurrency 1", FUSED)}. With 32 layers, above, neither is seen.
 
 **Memory.** What PyTorch has allocated once an engine has started, with `auto`: {memory_of(whole)} (Qwen3.5-27B),
-{memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start), {memory_of(fp8)} (FP8). Timing the ways
+{memory_of(awq)} (AWQ), {memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start) and
+{memory_of(moe_again)} (35B-A3B, which timed them), {memory_of(fp8)} (FP8). Timing the ways
 leaves cuBLAS a workspace for each of two more streams, together 64 MiB on this GPU; the rest is lost to rounding beside
 the fused weights, 1 to 2 MiB a layer. Where vLLM sizes the KV cache by the memory it finds, it should come out of that
 (not measured: these runs fix the KV cache)."""
@@ -212,6 +220,7 @@ def beside(run: EngineRun, metric: str, case: str) -> str:
 
 MODELS = {
     "27B": "Qwen3.5-27B, bf16, all 64 layers",
+    "27B-AWQ": "Qwen3.5-27B, AWQ with GDN layers in bf16, all 64 layers",
     "35B-A3B-32-layers": "Qwen3.5-35B-A3B, bf16, 32 of 40 layers",
     "27B-FP8-16-layers": "Qwen3.5-27B, FP8 in blocks, 16 of 64 layers",
 }
