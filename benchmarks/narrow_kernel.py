@@ -38,6 +38,7 @@ from vllm_gdn_plugin.bench.strategies import Linear, Projections
 from vllm_gdn_plugin.bench.table import NO_DIFFERENCE, about_machine, table
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
 from vllm_gdn_plugin.bench.verify import Outputs, error
+from vllm_gdn_plugin.plan import NARROW_KERNEL
 from vllm_gdn_plugin.timing import CudaTimer
 
 REPEATS = 20
@@ -49,6 +50,8 @@ FASTER = 2.0
 """... if it is this many times as fast."""
 
 CUBLAS = "cublas"
+FIRST = ", enqueued first"
+"""Beside in_proj_qkvz; else it is second. The plugin's kernel is first in the plugin."""
 PLAIN, FP8 = "plain", "fp8"
 Make = Callable[[torch.Tensor], Linear]
 Row = dict[str, Any]
@@ -79,7 +82,10 @@ def candidates(device: str) -> dict[str, Make]:
     if importlib.util.find_spec("triton") and (device == "cuda" or interpreted):
         import narrow_triton
 
+        from vllm_gdn_plugin import narrow
+
         found |= {name: partial(narrow_triton.linear, config) for name, config in narrow_triton.CONFIGS.items()}
+        found[NARROW_KERNEL] = lambda weight: lambda x: narrow.linear(x, weight)
     return found
 
 
@@ -177,11 +183,12 @@ def _beside(
     rounds: int,
 ) -> Row:
     """in_proj_qkvz alone, and dual_stream with each candidate as in_proj_ba."""
-    step = strategies.dual_stream(timer.aux_stream)
-    works = {
-        name: through([replace(wide, ba=one) for wide, one in zip(layers, each, strict=False)], step, hidden_states)
-        for name, each in linears.items()
-    }
+    works = {}
+    for name, each in linears.items():
+        placed = [replace(wide, ba=one) for wide, one in zip(layers, each, strict=False)]
+        for ba_first in (False, True) if name in (CUBLAS, NARROW_KERNEL) else (False,):
+            step = strategies.dual_stream(timer.aux_stream, ba_first)
+            works[name + FIRST * ba_first] = through(placed, step, hidden_states)
     exact = F.linear(hidden_states.double(), weights[len(layers) - 1].double())
     prepared, _, refused = prepare(timer, works, exact)
     prepared[QKVZ] = timer.prepare(through(layers, strategies.qkvz_alone, hidden_states))[0]

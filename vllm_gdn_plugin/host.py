@@ -270,6 +270,29 @@ def prepare_aux_stream() -> None:
     _thread.prepared = True
 
 
+def cuda_graphs_exist() -> bool:
+    """Whether a CUDA graph was captured in this process by vLLM, or one by anybody is still there."""
+    import torch
+    from vllm.compilation.counter import compilation_counter
+
+    if compilation_counter.num_cudagraph_captured:
+        return True
+    return any(segment["segment_pool_id"] != (0, 0) for segment in torch.cuda.memory_snapshot())
+
+
+def release_workspaces() -> None:
+    """Give back the workspaces that cuBLAS has by now, one for each stream that it was used on, and all else that
+    PyTorch keeps for later. cuBLAS gets new ones where it needs them. Not for a process with CUDA graphs, which go on
+    using those that they were captured with."""
+    import torch
+
+    global _thread
+    torch.cuda.synchronize()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    _thread = threading.local()
+
+
 def tuning_directory() -> Path:
     """Where the plugin keeps its times, below vLLM's cache root."""
     from vllm import envs

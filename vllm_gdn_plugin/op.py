@@ -14,7 +14,7 @@ from vllm.utils.torch_utils import LayerNameType, aux_stream, direct_register_cu
 
 from vllm_gdn_plugin import host
 from vllm_gdn_plugin.overlap import StaysSerial, stays_serial
-from vllm_gdn_plugin.plan import FUSED, SERIAL
+from vllm_gdn_plugin.plan import FUSED, NARROW_KERNEL, SERIAL
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
@@ -30,7 +30,8 @@ def gdn_in_proj(
     ba_size: int,
     layer_name: LayerNameType,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Project ``hidden_states`` with the layer's ``in_proj_qkvz`` and ``in_proj_ba``, side by side where it pays.
+    """Project ``hidden_states`` with the layer's ``in_proj_qkvz`` and ``in_proj_ba``, side by side where it pays, and
+    ``in_proj_ba`` with the plugin's own kernel where that was timed as faster.
 
     Args:
         hidden_states: (num_tokens, hidden_size), in the model's dtype.
@@ -45,7 +46,10 @@ def gdn_in_proj(
     own GDN op looks up in the same way. Should anything else fail, the call runs serially, and a line says why once.
     """
     layer = host.layer_by_name(layer_name)
-    return project_apart(layer, hidden_states, fork_and_join(layer, hidden_states))
+    overlap = fork_and_join(layer, hidden_states)
+    if overlap is not SERIALLY and layer.gdn_tuned.get(hidden_states.size(0)) == NARROW_KERNEL:
+        return project_narrow(layer, hidden_states, overlap)
+    return project_apart(layer, hidden_states, overlap)
 
 
 def project_apart(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +57,30 @@ def project_apart(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> 
     return maybe_execute_in_parallel(  # type: ignore[no-any-return]
         lambda: layer.in_proj_qkvz(hidden_states)[0], lambda: layer.in_proj_ba(hidden_states)[0], *overlap
     )
+
+
+def project_narrow(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`project_apart`, with the plugin's kernel for ``in_proj_ba``, which is enqueued first: it is over before
+    ``in_proj_qkvz`` has use for the whole GPU. (cuBLAS's is not, and goes second.)"""
+    from vllm_gdn_plugin import narrow
+
+    def project_ba() -> torch.Tensor:
+        weight = layer.in_proj_ba.weight
+        if narrow.fits(hidden_states, weight):
+            return narrow.linear(hidden_states, weight)
+        return layer.in_proj_ba(hidden_states)[0]
+
+    fork, join, stream = overlap
+    if fork is None or join is None:
+        return layer.in_proj_qkvz(hidden_states)[0], project_ba()
+    fork.record()
+    with torch.cuda.stream(stream):
+        fork.wait()
+        ba = project_ba()
+        join.record()
+    qkvz = layer.in_proj_qkvz(hidden_states)[0]
+    join.wait()
+    return qkvz, ba
 
 
 def fork_and_join(layer: Any, hidden_states: torch.Tensor) -> Overlap:

@@ -9,6 +9,12 @@ FUSED = "fused"
 DUAL_STREAM = "dual_stream"
 SERIAL = "serial"
 AUTO = "auto"
+NARROW_KERNEL = "narrow_kernel"
+"""dual_stream with a kernel of the plugin's own for ``in_proj_ba`` (:mod:`vllm_gdn_plugin.narrow`). It rounds
+differently from cuBLAS's, so only ``auto`` takes it, where it was timed as faster."""
+
+NARROW_KERNEL_MAX_TOKENS = 16
+"""From 32 tokens on, it gained nothing beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200 (benchmarks/NOTES.md)."""
 
 STRATEGIES = (FUSED, DUAL_STREAM, SERIAL)
 """What a layer can be run with."""
@@ -166,12 +172,19 @@ def plan(facts: LayerFacts, request: str) -> Plan:
 
 
 def choices(facts: LayerFacts) -> tuple[str, ...]:
-    """The strategies between which ``auto`` may choose by their times, the planned one first; none where serial is all
+    """The ways between which ``auto`` may choose by their times, the planned strategy first; none where serial is all
     there is, without CUDA graphs of a size to time, or where a weight may lie on the CPU when it would be timed."""
     if facts.platform != "cuda" or not facts.cuda_graphs or not facts.overlap_allowed or facts.offload:
         return ()
-    allowed = tuple(strategy for strategy, rules in RULES.items() if all(rule.holds(facts) for rule in rules))
+    allowed = [strategy for strategy, rules in RULES.items() if all(rule.holds(facts) for rule in rules)]
+    if allowed == [DUAL_STREAM] and not facts.batch_invariant:
+        allowed.append(NARROW_KERNEL)
     return (*allowed, SERIAL) if allowed else ()
+
+
+def choices_at(ways: tuple[str, ...], num_tokens: int) -> tuple[str, ...]:
+    """Those of ``ways`` that there are for batches of this size."""
+    return tuple(way for way in ways if way != NARROW_KERNEL or num_tokens <= NARROW_KERNEL_MAX_TOKENS)
 
 
 RULES: dict[str, tuple[Rule, ...]] = {FUSED: FUSED_RULES, DUAL_STREAM: DUAL_STREAM_RULES}

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from uuid import uuid4
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.plan import DUAL_STREAM, LayerFacts, ProjectionFacts, choices
+from vllm_gdn_plugin.plan import DUAL_STREAM, NARROW_KERNEL, LayerFacts, ProjectionFacts, choices, choices_at
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 Times = dict[int, dict[str, float]]
-"""Microseconds for one layer, by number of tokens and by strategy."""
+"""Microseconds for one layer, by number of tokens and by way."""
 
 MARGIN = 0.01
 """Share of its time by which another way has to beat the planned one: what tells apart less is noise."""
@@ -42,7 +42,7 @@ class Case:
     ba: ProjectionFacts
     quantization: str
     ways: tuple[str, ...]
-    """The strategies to choose from, the planned one first."""
+    """What there is to choose from, the planned strategy first."""
 
     def file(self, directory: Path) -> Path:
         """Where the times of this case are kept below ``directory``."""
@@ -68,11 +68,11 @@ def case_of(facts: LayerFacts, hidden_size: int, gpu: str) -> Case:
 
 
 def fastest(times: Times, ways: tuple[str, ...]) -> dict[int, str]:
-    """The strategy for each number of tokens: the first of ``ways`` unless another is faster beyond :data:`MARGIN`."""
+    """The way for each number of tokens: the first of ``ways`` unless another is faster beyond :data:`MARGIN`."""
     planned = ways[0]
     chosen = {}
     for tokens, microseconds in sorted(times.items()):
-        best = min(ways, key=microseconds.__getitem__)
+        best = min(choices_at(ways, tokens), key=microseconds.__getitem__)
         chosen[tokens] = best if microseconds[best] < microseconds[planned] * (1 - MARGIN) else planned
     return chosen
 
@@ -95,7 +95,7 @@ def recall(case: Case, directory: Path) -> Times:
         kept = json.loads(case.file(directory).read_text(encoding="utf-8"))
         if kept["case"] == json.loads(json.dumps(asdict(case))):
             return {
-                int(tokens): {way: float(microseconds[way]) for way in case.ways}
+                int(tokens): {way: float(microseconds[way]) for way in choices_at(case.ways, int(tokens))}
                 for tokens, microseconds in kept["microseconds"].items()
             }
     return {}
@@ -131,8 +131,8 @@ class Tuner:
             warn_once(UNTIMED, unexpected(error))
 
     def run(self, last: Any) -> str:
-        """Give every layer that was added ``gdn_tuned``, its strategies by number of tokens, and say in a phrase what
-        they are. Where timing fails the layers stay as planned, and a line says why.
+        """Give every layer that was added ``gdn_tuned``, its ways by number of tokens, and say in a phrase what they
+        are. Where timing fails the layers stay as planned, and a line says why.
 
         ``last`` is the layer whose loading is about to end: vLLM comes to a layer before its projections, so only the
         others' weights are as they will be used.
@@ -145,6 +145,7 @@ class Tuner:
             if not layers:
                 continue
             try:
+                case = usable(case, layers[0])
                 chosen, how = _chosen(case, [layer for layer in layers if layer is not last], alike[-1][1])
                 if DUAL_STREAM in chosen.values():
                     host.prepare_aux_stream()
@@ -158,8 +159,23 @@ class Tuner:
         return "; ".join(phrases)
 
 
+def usable(case: Case, layer: Any) -> Case:
+    """The case without a kernel of ours that does not run here, of which a line tells. One that does is ready after it,
+    also for a capture."""
+    if NARROW_KERNEL not in case.ways:
+        return case
+    try:
+        from vllm_gdn_plugin import narrow
+
+        narrow.prepare(layer.in_proj_ba.weight)
+    except Exception as error:
+        warn_once(f"{NARROW_KERNEL} does not run here and is left out", unexpected(error))
+        return replace(case, ways=tuple(way for way in case.ways if way != NARROW_KERNEL))
+    return case
+
+
 def _chosen(case: Case, ready: list[Any], sizes: list[int]) -> tuple[dict[int, str], str]:
-    """The strategies for these numbers of tokens, and when they were timed."""
+    """The ways for these numbers of tokens, and when they were timed."""
     directory = host.tuning_directory()
     times = recall(case, directory)
     missing = [tokens for tokens in sizes if tokens not in times]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.op import SERIALLY, fork_and_join, project_apart, project_fused_apart
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
+from vllm_gdn_plugin.op import SERIALLY, fork_and_join, project_apart, project_fused_apart, project_narrow
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, choices_at
 from vllm_gdn_plugin.timing import CudaTimer
 from vllm_gdn_plugin.tuning import Case, Times
 
@@ -36,6 +36,7 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     ways = WAYS[case.ways[0]]
     dtype = getattr(torch, case.qkvz.dtype)
     times: Times = {}
+    graphs_exist = host.cuda_graphs_exist()
     own = torch.Generator("cuda").manual_seed(0)  # the engine samples with the default one
     with host.unchanged_stream(), torch.inference_mode():  # the latter as the engine: Dynamo would compile twice
         xs = {n: torch.randn(n, case.hidden_size, dtype=dtype, device="cuda", generator=own) for n in sizes}
@@ -46,10 +47,15 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
         for tokens, x in xs.items():
             if time.perf_counter() > end:
                 break
-            prepared = {way: timer.prepare(partial(_all_layers, ways[way], layers, x))[0] for way in case.ways}
+            prepared = {
+                way: timer.prepare(partial(_all_layers, ways[way], layers, x))[0]
+                for way in choices_at(case.ways, tokens)
+            }
             samples = timer.measure(prepared, ROUNDS)
             prepared.clear()  # a graph that ends later could give back the workspace of the next ones
             times[tokens] = {way: statistics.median(values) / len(layers) for way, values in samples.items()}
+    if not graphs_exist:  # as ever when an engine starts, unless there is another one in the process
+        host.release_workspaces()
     return times
 
 
@@ -68,6 +74,7 @@ WAYS: dict[str, dict[str, Way]] = {
     },
     DUAL_STREAM: {
         DUAL_STREAM: lambda layer, x: project_apart(layer, x, fork_and_join(layer, x)),
+        NARROW_KERNEL: lambda layer, x: project_narrow(layer, x, fork_and_join(layer, x)),
         SERIAL: lambda layer, x: project_apart(layer, x, SERIALLY),
     },
 }

@@ -195,7 +195,7 @@ def test_the_last_bit_counts_where_the_kernels_are_the_same(computed: Any, strat
 
     outputs, exact = computed
     outputs[strategy][0].view(torch.int16)[0, 0] ^= 1
-    with pytest.raises(WrongResult, match=f"{strategy} is not bit-equal to serial: 1 of 256 values of in_proj_qkvz"):
+    with pytest.raises(WrongResult, match=f"{strategy}: in_proj_qkvz is not bit-equal to serial's: 1 of 256 values"):
         verify(outputs, exact)
 
 

@@ -46,7 +46,7 @@ def test_torchs_candidates_are_verified_and_timed(tmp_path: Path, capsys: pytest
     for row in result["rows"]:
         assert not row["refused"]
         assert list(row["samples_us"]) == ["cublas", "transposed", "padded"]
-        assert set(row["beside"]["plain"]["samples_us"]) == {*row["samples_us"], "qkvz"}
+        assert set(row["beside"]["plain"]["samples_us"]) == {*row["samples_us"], "cublas, enqueued first", "qkvz"}
         assert row["bytes_moved"] == 2 * (48 * 256 + row["tokens"] * (256 + 48))
     assert (tmp_path / "narrow-kernel.md").read_text().strip() == capsys.readouterr().out.strip()
 
@@ -61,6 +61,7 @@ def test_the_triton_candidates_compute_the_projection(tmp_path: Path) -> None:
     for row in json.loads((tmp_path / "narrow-kernel.json").read_text())["rows"]:
         assert not row["refused"]
         assert sum(name.startswith("triton_") for name in row["samples_us"]) == 5
+        assert "narrow_kernel" in row["samples_us"]
 
 
 @needs_bench

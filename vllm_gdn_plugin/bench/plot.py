@@ -11,9 +11,14 @@ import matplotlib.pyplot as plt
 
 from vllm_gdn_plugin.bench.results import QKVZ, Point, Run
 from vllm_gdn_plugin.bench.stats import ratios, summary
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL
 
-STYLES = {DUAL_STREAM: ("tab:blue", "-"), FUSED: ("tab:orange", "-"), QKVZ: ("tab:gray", "--")}
+STYLES = {
+    DUAL_STREAM: ("tab:blue", "-"),
+    FUSED: ("tab:orange", "-"),
+    NARROW_KERNEL: ("tab:green", "-"),
+    QKVZ: ("tab:gray", "--"),
+}
 LABELS = {QKVZ: "qkvz alone"}
 COLUMNS = 4
 MARGIN = 0.05
@@ -46,12 +51,13 @@ def plot(run: Run, path: Path) -> None:
 def _panel(axis: "plt.Axes", points: list[Point]) -> list[float]:
     """Draw one shape; returns the medians."""
     middles = []
-    tokens = [point.tokens for point in points]
     axis.axhline(1.0, color="black", linewidth=0.8, label=SERIAL)
     for name, (color, line) in STYLES.items():
-        if name not in points[0].samples_us:
+        timed = [point for point in points if name in point.samples_us]
+        if not timed:
             continue
-        found = [summary(ratios(point.samples_us[name], point.samples_us[SERIAL])) for point in points]
+        tokens = [point.tokens for point in timed]
+        found = [summary(ratios(point.samples_us[name], point.samples_us[SERIAL])) for point in timed]
         middles += [f.median for f in found]
         axis.plot(tokens, [f.median for f in found], line, color=color, marker=".", label=LABELS.get(name, name))
         axis.fill_between(tokens, [f.low for f in found], [f.high for f in found], color=color, alpha=0.25, lw=0)

@@ -93,7 +93,7 @@ def measure_point(
     timer: Timer, shape: Shape, layers: list[Projections], hidden_states: torch.Tensor, rounds: int
 ) -> Point:
     """Verify, then time, every strategy on the same layers and the same ``hidden_states`` (num_tokens, hidden)."""
-    ways = strategies.steps(layers[0], timer.aux_stream)
+    ways = strategies.steps(layers[0], timer.aux_stream, len(hidden_states))
     prepared, outputs = {}, {}
     for name, step in ways.items():
         prepared[name], outputs[name] = timer.prepare(through(layers, step, hidden_states))

@@ -1,7 +1,7 @@
 """One layer's projections with random weights, and the ways to run them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from vllm_gdn_plugin.bench.results import QKVZ
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.verify import Outputs
 from vllm_gdn_plugin.fused import FusedProjections
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, choices_at
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Step = Callable[["Projections", torch.Tensor], Outputs]
@@ -29,9 +29,13 @@ class Projections:
     fused_weight: torch.Tensor | None = None
     """(qkvz + ba + padding, hidden), where one GEMM can serve both."""
     sizes: tuple[int, int] = (0, 0)
+    ba_weight: torch.Tensor | None = None
+    """(ba, hidden), where one GEMM cannot serve both and ``in_proj_ba`` may have a kernel of its own."""
 
-    def reference(self, hidden_states: torch.Tensor) -> Outputs | None:
-        """Both outputs in float64, from the one weight."""
+    def reference(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor | None, ...] | None:
+        """The outputs in float64 that a strategy may round differently from serial."""
+        if self.ba_weight is not None:
+            return None, F.linear(hidden_states.double(), self.ba_weight.double())
         if self.fused_weight is None:
             return None
         both = F.linear(hidden_states.double(), self.fused_weight[: sum(self.sizes)].double())
@@ -79,31 +83,44 @@ def qkvz_alone(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
     return (layer.qkvz(hidden_states),)
 
 
-def dual_stream(aux_stream: Any | None) -> Step:
+def dual_stream(aux_stream: Any | None, ba_first: bool = False) -> Step:
     """Side by side, as vLLM's ``maybe_execute_in_parallel`` does: in_proj_qkvz on the current stream and enqueued
-    first, in_proj_ba on ``aux_stream``; serially where there is none."""
+    first, in_proj_ba on ``aux_stream``; serially where there is none. With ``ba_first`` it is the other way round."""
     if aux_stream is None:
         return serial
 
     def step(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
         fork, join = torch.cuda.Event(), torch.cuda.Event()
         fork.record()
-        qkvz = layer.qkvz(hidden_states)
+        if not ba_first:
+            qkvz = layer.qkvz(hidden_states)
         with torch.cuda.stream(aux_stream):
             fork.wait()
             ba = layer.ba(hidden_states)
             join.record()
+        if ba_first:
+            qkvz = layer.qkvz(hidden_states)
         join.wait()
         return qkvz, ba
 
     return step
 
 
-def steps(layer: Projections, aux_stream: Any | None) -> dict[str, Step]:
-    """The ways in which ``layer`` can be run."""
-    ways: dict[str, Step] = {SERIAL: serial, DUAL_STREAM: dual_stream(aux_stream), FUSED: fused, QKVZ: qkvz_alone}
-    if layer.fused_weight is None:
-        del ways[FUSED]
+def narrow_kernel(aux_stream: Any | None) -> Step:
+    """Side by side, in_proj_ba with the plugin's own kernel and enqueued first, as the plugin does."""
+    from vllm_gdn_plugin import narrow
+
+    step = dual_stream(aux_stream, ba_first=True)
+    return lambda layer, x: step(replace(layer, ba=lambda x: narrow.linear(x, layer.ba_weight)), x)
+
+
+def steps(layer: Projections, aux_stream: Any | None, num_tokens: int) -> dict[str, Step]:
+    """The ways in which ``layer`` can be run with so many tokens."""
+    ways: dict[str, Step] = {SERIAL: serial, DUAL_STREAM: dual_stream(aux_stream), QKVZ: qkvz_alone}
+    if layer.fused_weight is not None:
+        ways[FUSED] = fused
+    if layer.ba_weight is not None and NARROW_KERNEL in choices_at((NARROW_KERNEL,), num_tokens):
+        ways[NARROW_KERNEL] = narrow_kernel(aux_stream)
     return ways
 
 

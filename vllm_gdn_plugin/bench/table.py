@@ -4,7 +4,7 @@ from itertools import groupby
 
 from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
 from vllm_gdn_plugin.bench.stats import CONFIDENCE, SPREAD, Ratio, Row, compare
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL
 
 NO_DIFFERENCE = "no difference shown"
 
@@ -59,11 +59,13 @@ def _about(run: Run) -> list[str]:
 
 
 def _overview(points: list[Point], rows: list[dict[str, Row]]) -> list[list[str]]:
-    strategies = [name for name in (DUAL_STREAM, FUSED) if name in rows[0]]
+    strategies = [name for name in (DUAL_STREAM, FUSED, NARROW_KERNEL) if any(name in row for row in rows)]
     lines = [["tokens", "serial us", *(f"{name} us (x of qkvz)" for name in strategies), "qkvz alone us", "gain"]]
     for point, row in zip(points, rows, strict=True):
-        cells = [f"{row[name].us.median:.2f} ({_times(row[name].to_qkvz)})" for name in strategies]
-        gains = "; ".join(f"{name} {_gain(row[name].to_serial)}" for name in strategies)
+        cells = [
+            f"{row[name].us.median:.2f} ({_times(row[name].to_qkvz)})" if name in row else "" for name in strategies
+        ]
+        gains = "; ".join(f"{name} {_gain(row[name].to_serial)}" for name in strategies if name in row)
         lines.append(
             [str(point.tokens), f"{row[SERIAL].us.median:.2f}", *cells, f"{row[QKVZ].us.median:.2f}", gains],
         )
