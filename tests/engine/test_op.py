@@ -1,6 +1,7 @@
 """The ops in vLLM's and PyTorch's own terms: schema, fake, and what a compiled stack of layers is made of."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -184,6 +185,58 @@ def test_side_by_side_unless_this_very_size_was_timed_as_slower(
     on_a_gpu: Any = SimpleNamespace(is_cuda=True, size=torch.empty(TOKENS, HIDDEN).size)
     slower = tuned.get(TOKENS) == "serial"
     assert op.why_serial(layer, on_a_gpu) is (StaysSerial.TIMED_SLOWER if slower else None)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Stands in for the module of the narrow kernel, which needs Triton: its results are twice what they should be."""
+    import vllm_gdn_plugin
+
+    module = SimpleNamespace(
+        fits=lambda x, weight: True, linear=lambda x, weight: 2 * torch.nn.functional.linear(x, weight)
+    )
+    monkeypatch.setattr(vllm_gdn_plugin, "narrow", module, raising=False)
+    return module
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("overlaps", [True, False])
+@pytest.mark.parametrize("tuned", [{TOKENS: "narrow_kernel"}, {TOKENS: "dual_stream"}, {TOKENS + 1: "narrow_kernel"}])
+def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_overlaps(
+    layers: Callable[[int], list[str]],
+    narrow: Any,
+    tuned: dict[int, str],
+    overlaps: bool,
+    fits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is enqueued first, on the auxiliary stream, and fork and join are where they belong."""
+    from vllm_gdn_plugin import op
+
+    (name,) = layers(1)
+    layer = op.host.layer_by_name(name)
+    layer.gdn_tuned = tuned
+    done: list[str] = []
+
+    def event(name: str) -> Any:
+        return SimpleNamespace(record=lambda: done.append(f"{name}.record"), wait=lambda: done.append(f"{name}.wait"))
+
+    if overlaps:
+        monkeypatch.setattr(op, "fork_and_join", lambda *args: (event("fork"), event("join"), "the stream"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
+    monkeypatch.setattr(op, "maybe_execute_in_parallel", lambda one, other, *events: (one(), other()))
+    monkeypatch.setattr(narrow, "fits", lambda x, weight: fits)
+    x = torch.randn(TOKENS, HIDDEN)
+    want = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
+    for linear in ("qkvz", "ba"):
+        getattr(layer, f"in_proj_{linear}").register_forward_hook(lambda *args, linear=linear: done.append(linear))
+    qkvz, ba = call("dual_stream", name, x)
+    taken = overlaps and tuned.get(TOKENS) == "narrow_kernel"
+    assert torch.equal(qkvz, want[0])
+    assert torch.equal(ba, 2 * want[1] if taken and fits else want[1])
+    inside = [] if fits else ["ba"]
+    order = ["fork.record", "the stream", "fork.wait", *inside, "join.record", "qkvz", "join.wait"]
+    assert done == (order if taken else ["qkvz", "ba"])
 
 
 @pytest.mark.parametrize("projection", ["in_proj_qkvz", "in_proj_ba"])

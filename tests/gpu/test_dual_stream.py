@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from gpu_layers import SHAPES, TOKENS
 
+from vllm_gdn_plugin.plan import NARROW_KERNEL
+
 
 def quantized(name: str) -> Any:
     """vLLM's configuration of a quantised ``in_proj_qkvz``, as the checkpoints have them."""
@@ -166,7 +168,17 @@ def test_overlaps_in_time(vllm_config: Any, make_layer: Callable[..., Any]) -> N
 REPLAYS = 100_000
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+def reference_for(layer: Any, hidden_states: Any) -> Any:
+    """What the op must give, bit for bit, on one stream."""
+    from vllm_gdn_plugin import narrow
+
+    qkvz, ba = serial(layer, hidden_states)
+    if layer.gdn_tuned.get(len(hidden_states)) == NARROW_KERNEL:
+        ba = narrow.linear(hidden_states, layer.in_proj_ba.weight)
+    return qkvz, ba
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8", "fp8 with narrow_kernel"])
 def test_many_replays_with_other_work_on_the_auxiliary_stream(
     vllm_config: Any, make_layer: Callable[..., Any], kind: str
 ) -> None:
@@ -174,14 +186,19 @@ def test_many_replays_with_other_work_on_the_auxiliary_stream(
     import torch
     from vllm.utils.torch_utils import aux_stream
 
-    layer = make_layer(SHAPES["35B-A3B"], torch.bfloat16, quantized(kind))
+    from vllm_gdn_plugin import narrow
+
+    layer = make_layer(SHAPES["35B-A3B"], torch.bfloat16, quantized(kind.partition(" ")[0]))
+    if NARROW_KERNEL in kind:
+        layer.gdn_tuned = dict.fromkeys((1, 2, 4, 8, 16), NARROW_KERNEL)
+        narrow.prepare(layer.in_proj_ba.weight)
     rng = random.Random(0)
     graphs = []
     with context(vllm_config):
         for num_tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             x = torch.randn(num_tokens, 2048, device="cuda", dtype=torch.bfloat16)
             graph, outputs = capture(lambda x=x: op(layer, x))
-            reference_graph, reference = capture(lambda x=x: serial(layer, x))
+            reference_graph, reference = capture(lambda x=x: reference_for(layer, x))
             reference_graph.replay()
             graphs.append((graph, outputs, [t.clone() for t in reference], x))  # x: what the graph reads
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)

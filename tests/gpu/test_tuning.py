@@ -13,8 +13,9 @@ from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL, LayerFacts, Project
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 TOLERANCE = 1.05
 """As in test_fused.py."""
-LEFT_BEHIND = 80 * 2**20
-"""Bytes: cuBLAS's workspaces for two streams (32 MiB each on Hopper), which PyTorch keeps, and a little."""
+WORKSPACE = 32 * 2**20
+"""Bytes that cuBLAS takes for each stream on Hopper."""
+A_LITTLE = 16 * 2**20
 
 
 def facts(layer: Any) -> LayerFacts:
@@ -103,6 +104,7 @@ def test_the_tuner_times_chooses_and_remembers(
     layers = make_layers(6, SHAPES["27B"], quantization)
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
+    graphs_exist = host.cuda_graphs_exist()
     free, _ = torch.cuda.mem_get_info()
     random = torch.cuda.get_rng_state()
     stream, known = torch.cuda.current_stream(), getattr(torch_utils._current_stream_tls, "value", None)
@@ -123,7 +125,9 @@ def test_the_tuner_times_chooses_and_remembers(
     assert torch.equal(torch.cuda.get_rng_state(), random), "or the engine would sample other tokens than stock"
     assert torch.cuda.current_stream() == stream
     assert torch_utils._current_stream_tls.value is known, "or vLLM would not take a stream of its own"
-    assert free - torch.cuda.mem_get_info()[0] <= LEFT_BEHIND
+    # The auxiliary stream's, and without graphs of other tests the current stream's was given back instead.
+    left_behind = WORKSPACE * (1 + graphs_exist) + A_LITTLE
+    assert free - torch.cuda.mem_get_info()[0] <= left_behind
 
 
 def test_dual_stream_that_was_timed_as_slower_runs_serially_in_a_graph(

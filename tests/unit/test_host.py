@@ -211,6 +211,37 @@ def test_the_stream_is_left_as_vllm_knows_it(
     assert known.value == before
 
 
+@pytest.mark.parametrize(
+    ("captured", "pools", "exist"),
+    [(0, [(0, 0)], False), (0, [], False), (3, [(0, 0)], True), (0, [(0, 0), (0, 1)], True), (0, [(2, 0)], True)],
+)
+def test_the_graphs_of_vllm_and_of_others_are_seen(
+    ours: Any, captured: int, pools: list[tuple[int, int]], exist: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = SimpleNamespace(num_cudagraph_captured=captured)
+    monkeypatch.setitem(sys.modules, "vllm.compilation", SimpleNamespace())
+    module = SimpleNamespace(compilation_counter=counter)
+    monkeypatch.setitem(sys.modules, "vllm.compilation.counter", module)
+    cuda = importlib.import_module("torch.cuda")
+    monkeypatch.setattr(cuda, "memory_snapshot", lambda: [{"segment_pool_id": pool} for pool in pools], raising=False)
+    assert ours.cuda_graphs_exist() is exist
+
+
+def test_workspaces_are_given_back_once_the_gpu_is_done_with_them(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the auxiliary stream gets one again before the next capture, in every thread."""
+    done: list[str] = []
+    torch = importlib.import_module("torch")
+    cuda = importlib.import_module("torch.cuda")
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(cuda, name, partial(done.append, name), raising=False)
+    clear = SimpleNamespace(_cuda_clearCublasWorkspaces=partial(done.append, "clear"))
+    monkeypatch.setattr(torch, "_C", clear, raising=False)
+    monkeypatch.setattr(ours, "_thread", SimpleNamespace(prepared=True))
+    ours.release_workspaces()
+    assert done == ["synchronize", "clear", "empty_cache"]
+    assert not getattr(ours._thread, "prepared", False)
+
+
 @pytest.mark.parametrize(("initialized", "name"), [(True, "the second GPU"), (False, "Stub Device")])
 def test_the_gpu_is_the_one_of_this_process(
     ours: Any, plugin: Any, initialized: bool, name: str, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,8 @@ from vllm_gdn_plugin.plan import (
     AUTO,
     DUAL_STREAM,
     FUSED,
+    NARROW_KERNEL,
+    NARROW_KERNEL_MAX_TOKENS,
     REQUESTS,
     RULES,
     SERIAL,
@@ -17,6 +19,7 @@ from vllm_gdn_plugin.plan import (
     LayerFacts,
     ProjectionFacts,
     choices,
+    choices_at,
     plan,
     platform_plan,
 )
@@ -186,5 +189,9 @@ def test_auto_chooses_by_time_between_what_the_rules_allow_and_serial(facts: Lay
         assert ways == ()
     else:
         assert (ways[0], ways[-1]) == (planned, SERIAL)
-        assert all(plan(facts, way).strategy == way for way in ways)
+        strategies = [way for way in ways if way != NARROW_KERNEL]
+        assert all(plan(facts, way).strategy == way for way in strategies)
+        assert (NARROW_KERNEL in ways) == (FUSED not in ways and not facts.batch_invariant)
+        assert choices_at(ways, NARROW_KERNEL_MAX_TOKENS) == ways
+        assert choices_at(ways, NARROW_KERNEL_MAX_TOKENS + 1) == tuple(strategies)
         assert (DUAL_STREAM in ways) == (plan(facts, DUAL_STREAM).strategy == DUAL_STREAM)

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vllm_gdn_plugin
 from vllm_gdn_plugin import host, tuning
 from vllm_gdn_plugin.checkpoint import digest
 from vllm_gdn_plugin.overlap import UNQUANTIZED
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL, LayerFacts, ProjectionFacts
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, LayerFacts, ProjectionFacts
 from vllm_gdn_plugin.tuning import MARGIN, Case, Times, Tuner, case_of, described, fastest, keep, recall
 
 BF16 = ProjectionFacts(UNQUANTIZED, "bfloat16", 12288)
@@ -26,6 +27,7 @@ BA = replace(BF16, output_size=64)
 FP8 = replace(BF16, linear_method="Fp8LinearMethod")
 FACTS = LayerFacts("cuda", BF16, BA, "bfloat16")
 ALL = (FUSED, DUAL_STREAM, SERIAL)
+MIXED = (DUAL_STREAM, NARROW_KERNEL, SERIAL)
 CASE = Case("NVIDIA H200", "580.1", "2.11.0", "0.26.0", "0.1.0", 2048, BF16, BA, "", ALL)
 OTHER: dict[str, Any] = {
     "gpu": "NVIDIA H100",
@@ -61,6 +63,17 @@ def test_the_planned_way_is_kept_unless_another_is_clearly_faster(
     microseconds: dict[str, float], ways: tuple[str, ...], chosen: str
 ) -> None:
     assert fastest({8: microseconds}, ways) == {8: chosen}
+
+
+def test_the_narrow_kernel_is_for_few_tokens(tmp_path: Path) -> None:
+    few = {NARROW_KERNEL: 2.0, DUAL_STREAM: 3.0, SERIAL: 4.0}
+    times: Times = {16: few, 17: {DUAL_STREAM: 3.0, SERIAL: 4.0}}
+    assert fastest(times, MIXED) == {16: NARROW_KERNEL, 17: DUAL_STREAM}
+    case = replace(CASE, ways=MIXED)
+    keep(case, times, tmp_path)
+    assert recall(case, tmp_path) == times
+    keep(case, {16: times[17]}, tmp_path)
+    assert recall(case, tmp_path) == {}, "a way is missing"
 
 
 @given(st.dictionaries(st.integers(1, 512), st.builds(at, *[st.floats(1, 1e4)] * 3)))
@@ -135,6 +148,7 @@ class Layer:
         self.prefix, self.gdn_strategy, self.gdn_max_tokens = prefix, strategy, max_tokens
         self.gdn_tuned: dict[int, str] = {}
         self.in_proj_qkvz = SimpleNamespace(input_size=2048)
+        self.in_proj_ba = SimpleNamespace(weight=f"the weight of {prefix}")
 
 
 class Engine:
@@ -151,7 +165,11 @@ class Engine:
         ways.timed = self._time  # type: ignore[attr-defined]
         torch = ModuleType("torch")
         torch.__version__ = "2.11.0"  # type: ignore[attr-defined]
-        for module in (ways, torch):
+        narrow = ModuleType("vllm_gdn_plugin.narrow")
+        self.prepared_for: list[Any] = []
+        narrow.prepare = self.prepared_for.append  # type: ignore[attr-defined]
+        monkeypatch.setattr(vllm_gdn_plugin, "narrow", narrow, raising=False)
+        for module in (ways, torch, narrow):
             monkeypatch.setitem(sys.modules, module.__name__, module)
         for name, value in {
             "captured_sizes": lambda: self.sizes,
@@ -219,13 +237,41 @@ def test_what_cannot_be_timed_in_its_time_stays_planned(engine: Engine, monkeypa
 
 
 def test_layers_of_two_kinds_are_timed_apart(engine: Engine) -> None:
+    engine.takes = at(3, 2, 4) | {NARROW_KERNEL: 3}
     one, two = engine.layers(2), engine.layers(2, replace(FACTS, qkvz=FP8))
     phrase = engine.tuner.run(two[-1])
     assert [(layers, case.ways) for layers, case, _ in engine.timed] == [
         (one, ALL),
-        (two[:1], (DUAL_STREAM, SERIAL)),
+        (two[:1], MIXED),
     ]
     assert phrase.count("timed in") == 2
+
+
+def test_the_narrow_kernel_is_ready_for_a_capture_at_every_start(engine: Engine) -> None:
+    engine.takes = {DUAL_STREAM: 3, NARROW_KERNEL: 2, SERIAL: 4}
+    for start in (1, 2):
+        layers = engine.layers(2, replace(FACTS, qkvz=FP8))
+        assert engine.tuner.run(layers[-1]).startswith("narrow_kernel at 1 to 4 tokens (timed ")
+        assert layers[0].gdn_tuned == dict.fromkeys((1, 2, 4), NARROW_KERNEL)
+        assert engine.prepared_for == start * ["the weight of dual_stream.0"]
+    assert len(engine.timed) == 1
+    assert engine.said == []
+
+
+def test_a_narrow_kernel_that_does_not_run_here_is_left_out_and_said(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(weight: Any) -> None:
+        raise OSError("there is no C compiler")
+
+    monkeypatch.setattr(sys.modules["vllm_gdn_plugin.narrow"], "prepare", fail)
+    engine.takes = {DUAL_STREAM: 3, SERIAL: 4}
+    layers = engine.layers(2, replace(FACTS, qkvz=FP8))
+    assert engine.tuner.run(layers[-1]).startswith("dual_stream at 1 to 4 tokens (timed in ")
+    assert engine.timed[0][1].ways == (DUAL_STREAM, SERIAL)
+    ((what, why),) = engine.said
+    assert what == "narrow_kernel does not run here and is left out"
+    assert why == "unexpected OSError: there is no C compiler"
 
 
 def test_a_layer_that_went_back_to_serial_is_left_alone(engine: Engine) -> None:
