@@ -1,4 +1,4 @@
-"""The kernel of the plugin's own for ``in_proj_ba``: as exact as cuBLAS's, the same bits at every call, where it is told."""
+"""The plugin's own kernel for ``in_proj_ba``: as exact as cuBLAS's, the same bits at every call, taken where told."""
 
 from collections.abc import Callable
 from typing import Any
