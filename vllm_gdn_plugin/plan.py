@@ -13,8 +13,8 @@ NARROW_KERNEL = "narrow_kernel"
 """dual_stream with a kernel of the plugin's own for ``in_proj_ba`` (:mod:`vllm_gdn_plugin.narrow`). It rounds
 differently from cuBLAS's, so only ``auto`` takes it, where it was timed as faster."""
 
-NARROW_KERNEL_MAX_TOKENS = 16
-"""From 32 tokens on, it gained nothing beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200 (benchmarks/NOTES.md)."""
+NARROW_KERNEL_MAX_TOKENS = 8
+"""With 16 and more, it gained at no shape beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200 (benchmarks/NOTES.md)."""
 
 STRATEGIES = (FUSED, DUAL_STREAM, SERIAL)
 """What a layer can be run with."""

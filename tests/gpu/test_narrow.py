@@ -11,7 +11,7 @@ from vllm_gdn_plugin.plan import NARROW_KERNEL, NARROW_KERNEL_MAX_TOKENS
 
 TOLERANCE = 1.001
 """Times cuBLAS's error against float64: two ways to add in float32 round a 16-bit output differently near a tie."""
-TOKENS = (1, 2, 3, 4, 5, 7, 8, 13, NARROW_KERNEL_MAX_TOKENS)
+TOKENS = (1, 2, 3, 4, 5, 7, NARROW_KERNEL_MAX_TOKENS, 13)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -216,12 +216,9 @@ def test_the_stream_is_left_as_vllm_knows_it(
     [(0, [(0, 0)], False), (0, [], False), (3, [(0, 0)], True), (0, [(0, 0), (0, 1)], True), (0, [(2, 0)], True)],
 )
 def test_the_graphs_of_vllm_and_of_others_are_seen(
-    ours: Any, captured: int, pools: list[tuple[int, int]], exist: bool, monkeypatch: pytest.MonkeyPatch
+    ours: Any, plugin: Any, captured: int, pools: list[tuple[int, int]], exist: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counter = SimpleNamespace(num_cudagraph_captured=captured)
-    monkeypatch.setitem(sys.modules, "vllm.compilation", SimpleNamespace())
-    module = SimpleNamespace(compilation_counter=counter)
-    monkeypatch.setitem(sys.modules, "vllm.compilation.counter", module)
+    plugin.vllm("compilation.counter").compilation_counter.num_cudagraph_captured = captured
     cuda = importlib.import_module("torch.cuda")
     monkeypatch.setattr(cuda, "memory_snapshot", lambda: [{"segment_pool_id": pool} for pool in pools], raising=False)
     assert ours.cuda_graphs_exist() is exist

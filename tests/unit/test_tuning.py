@@ -20,6 +20,7 @@ from vllm_gdn_plugin import host, tuning
 from vllm_gdn_plugin.checkpoint import digest
 from vllm_gdn_plugin.overlap import UNQUANTIZED
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, LayerFacts, ProjectionFacts
+from vllm_gdn_plugin.plan import NARROW_KERNEL_MAX_TOKENS as MOST
 from vllm_gdn_plugin.tuning import MARGIN, Case, Times, Tuner, case_of, described, fastest, keep, recall
 
 BF16 = ProjectionFacts(UNQUANTIZED, "bfloat16", 12288)
@@ -67,12 +68,12 @@ def test_the_planned_way_is_kept_unless_another_is_clearly_faster(
 
 def test_the_narrow_kernel_is_for_few_tokens(tmp_path: Path) -> None:
     few = {NARROW_KERNEL: 2.0, DUAL_STREAM: 3.0, SERIAL: 4.0}
-    times: Times = {16: few, 17: {DUAL_STREAM: 3.0, SERIAL: 4.0}}
-    assert fastest(times, MIXED) == {16: NARROW_KERNEL, 17: DUAL_STREAM}
+    times: Times = {MOST: few, MOST + 1: {DUAL_STREAM: 3.0, SERIAL: 4.0}}
+    assert fastest(times, MIXED) == {MOST: NARROW_KERNEL, MOST + 1: DUAL_STREAM}
     case = replace(CASE, ways=MIXED)
     keep(case, times, tmp_path)
     assert recall(case, tmp_path) == times
-    keep(case, {16: times[17]}, tmp_path)
+    keep(case, {MOST: times[MOST + 1]}, tmp_path)
     assert recall(case, tmp_path) == {}, "a way is missing"
 
 
