@@ -20,10 +20,11 @@ from vllm_gdn_plugin.bench.engine.serve import START
 from vllm_gdn_plugin.bench.engine.table import changes, shown
 from vllm_gdn_plugin.bench.engine.variants import OFF
 from vllm_gdn_plugin.bench.report import load
-from vllm_gdn_plugin.bench.results import Machine, Point, Run
+from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
+from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.table import about_machine
 from vllm_gdn_plugin.contract import GDN_CLASSES
-from vllm_gdn_plugin.plan import AUTO, DUAL_STREAM, FUSED, RULES, SERIAL
+from vllm_gdn_plugin.plan import AUTO, DUAL_STREAM, FUSED, NARROW_KERNEL, NARROW_KERNEL_MAX_TOKENS, RULES, SERIAL
 from vllm_gdn_plugin.settings import describe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,9 +77,15 @@ def results() -> str:
     entry_point = json.loads((RESULTS / "entry_point.json").read_text())
     cost = [sum(pair) for pair in zip(entry_point["import_package"], entry_point["register"], strict=True)]
     worst, where = worst_of_fused(bf16)
+    assert fp8.machine == machine, "see the text below"
+    assert not slower_than_serial(bf16), "see the text below"
+    (slow,) = slower_than_serial(fp8)
+    narrow = beside_dual_stream(fp8)
+    gain = 100 * (1 - min(ratio for where_, ratio in narrow.items() if where_ != (slow.shape, slow.tokens)))
     return f"""Time of the two projections of one layer that is saved, stock vLLM's serial projections = 0, median of
-{bf16.rounds} interleaved rounds in CUDA graphs, by number of tokens in the batch ({machine.hardware}, torch
-{machine.torch}, vLLM {machine.vllm}, driver {machine.driver}; TP 4 are the shapes of one rank of four):
+{bf16.rounds} (bf16) or {fp8.rounds} (FP8) interleaved rounds in CUDA graphs, by number of tokens in the batch
+({machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver {machine.driver}; TP 4 are the shapes of one
+rank of four):
 
 **bf16 throughout: fused / dual_stream**
 
@@ -91,8 +98,21 @@ def results() -> str:
 Every number, with its spread: [bf16](benchmarks/results/h200-projections-bfloat16.md),
 [FP8](benchmarks/results/h200-projections-fp8.md). The bad news in there: fused is not always the faster one (at worst
 {worst:.0f} % slower than dual_stream, {where}), and from
-about 128 tokens on, dual_stream hides little in bf16. By median, no strategy was slower than serial at any size on this
-GPU. These are the projections alone, a part of a decode step.
+about 128 tokens on, dual_stream hides little in bf16. By median, neither was slower than serial at any size on this GPU
+in bf16, and with FP8 dual_stream at one of {len(fp8.points)} points: {slow.shape.name} at TP
+{slow.shape.tensor_parallel_size} and {slow.tokens} tokens, {-percent(slow, DUAL_STREAM):.1f} %. There `in_proj_qkvz`
+alone takes {us(slow, QKVZ):.1f} us and both serially {us(slow, SERIAL):.1f}: from one CUDA graph to another the same
+FP8 GEMM differs by as much as `in_proj_ba` takes, for a reason that is not known. These are the projections alone, a
+part of a decode step.
+
+`narrow_kernel`, the plugin's own kernel for `in_proj_ba`, takes {alone()} of cuBLAS's time alone, at 1 to
+{NARROW_KERNEL_MAX_TOKENS} tokens and with every shape ([every
+number](benchmarks/results/h200-narrow-kernel-few-tokens.md)). Beside an FP8 `in_proj_qkvz` most of that was hidden
+already: it beats dual_stream by more than 1 % at {sum(one < 0.99 for one in narrow.values())} of {len(narrow)} points,
+by {gain:.0f} % at most but for the point above, and loses by more than 1 % at
+{sum(one > 1.01 for one in narrow.values())}; `auto` takes the faster one. It should gain more on GPUs on which cuBLAS
+has no good kernel for this shape, such as [the RTX 5090 of vLLM
+#57318](https://github.com/vllm-project/vllm/pull/57318); that has not been measured.
 
 **Whole engines.** {engines()}
 
@@ -120,12 +140,13 @@ def engines() -> str:
     )
     by_token, eager = served("27B-FP8-per-token-16-layers"), served("27B-8-layers-eager")
     all_ways, small = served("27B-16-layers-in-process"), served("35B-A3B-16-layers-in-process")
-    http = served("35B-A3B-16-layers")
+    http, again = served("35B-A3B-16-layers"), served("27B-16-layers-again")
     runs = (whole, awq, moe, moe_again, fp8, first, first_fp8, apart, by_token, eager, all_ways, small, http)
     assert all(run.machine == whole.machine for run in runs), "see the text below"
     assert all("fused at 1 to 512 tokens" in run.said[AUTO] for run in (whole, moe)), "see the text below"
     assert "dual_stream at 1 to 32 tokens, fused at 64 to 512 tokens" in awq.said[AUTO], "see the text below"
     assert "dual_stream at 1 to 512 tokens" in fp8.said[AUTO], "see the text below"
+    assert "dual_stream at 1 to 16 tokens, fused at 32 to 512 tokens" in again.said[AUTO], "see the text below"
     assert "no difference" in change(moe_again, "ttft_ms", "1024 in", AUTO), "see the text below"
     assert nothing_shown(eager, FUSED), "see the text below"
     assert nothing_shown(first, AUTO), "see the text below"
@@ -171,7 +192,8 @@ changes, by the medians, by {medians_changed(by_token, DUAL_STREAM)}; with the s
 
 Every strategy beside the others, with 16 layers:
 [Qwen3.5-27B](benchmarks/results/h200-27B-16-layers-in-process/serve.md), where `auto` changes TPOT, by the medians, by
-{medians_changed(all_ways, AUTO)};
+{medians_changed(all_ways, AUTO)} (in [another run](benchmarks/results/h200-27B-16-layers-again/serve.md) by
+{medians_changed(again, AUTO)}; tests of other engines ran on the machine during its first minute);
 [Qwen3.5-35B-A3B](benchmarks/results/h200-35B-A3B-16-layers-in-process/serve.md), and
 [driven by `vllm bench serve`](benchmarks/results/h200-35B-A3B-16-layers/serve.md), where `auto` changes TPOT by
 {change(http, "tpot_ms", "concurrency 16", AUTO)} at 16 requests. With so few layers a step of one request probably ends
@@ -182,10 +204,13 @@ request `auto` once showed {change(small, "tpot_ms", "concurrency 1", AUTO)}, du
 
 **Memory.** What PyTorch has allocated once an engine has started, with `auto`: {memory_of(whole)} (Qwen3.5-27B),
 {memory_of(awq)} (AWQ), {memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start) and
-{memory_of(moe_again)} (35B-A3B, which timed them), {memory_of(fp8)} (FP8). Timing the ways
-leaves cuBLAS a workspace for each of two more streams, together 64 MiB on this GPU; the rest is lost to rounding beside
-the fused weights, 1 to 2 MiB a layer. Where vLLM sizes the KV cache by the memory it finds, it should come out of that
-(not measured: these runs fix the KV cache)."""
+{memory_of(moe_again)} (35B-A3B, which timed them), {memory_of(fp8)} (FP8). In these runs timing the ways left cuBLAS a
+workspace for each of two more streams, together 64 MiB on this GPU; the rest is lost to rounding beside the fused
+weights, 1 to 2 MiB a layer. What timing leaves is given back since, and only an engine that overlaps has one of the
+workspaces: {memory_of(again)} ([Qwen3.5-27B, 16 layers, dual_stream at 1 to 16
+tokens](benchmarks/results/h200-27B-16-layers-again/serve.md), one GPU of {again.machine.hardware}). One that fuses at
+every size should have none (not measured since). Where vLLM sizes the KV cache by the memory it finds, it should come
+out of that (not measured: these runs fix the KV cache)."""
 
 
 def served(name: str) -> EngineRun:
@@ -312,6 +337,40 @@ def worst_of_fused(run: Run) -> tuple[float, str]:
     point = max(run.points, key=loss)
     shape = point.shape
     return loss(point), f"{shape.name} at TP {shape.tensor_parallel_size} and {point.tokens} tokens"
+
+
+def us(point: Point, strategy: str) -> float:
+    """Median microseconds of a layer."""
+    return statistics.median(point.samples_us[strategy])
+
+
+def slower_than_serial(run: Run) -> list[Point]:
+    """Where fused or dual_stream is, by the median."""
+    return [
+        point
+        for point in run.points
+        if any(percent(point, s) < 0 for s in (FUSED, DUAL_STREAM) if s in point.samples_us)
+    ]
+
+
+def beside_dual_stream(run: Run) -> dict[tuple[Shape, int], float]:
+    """The time of narrow_kernel over dual_stream's, by shape and number of tokens at which ``auto`` may take it."""
+    return {
+        (point.shape, point.tokens): us(point, NARROW_KERNEL) / us(point, DUAL_STREAM)
+        for point in run.points
+        if NARROW_KERNEL in point.samples_us and point.tokens <= NARROW_KERNEL_MAX_TOKENS
+    }
+
+
+def alone() -> str:
+    """The time of narrow_kernel over cuBLAS's, from the best to the worst of the medians."""
+    rows = json.loads((RESULTS / "h200-narrow-kernel-few-tokens.json").read_text())["rows"]
+    found = [
+        statistics.median(row["samples_us"][NARROW_KERNEL]) / statistics.median(row["samples_us"]["cublas"])
+        for row in rows
+        if row["tokens"] <= NARROW_KERNEL_MAX_TOKENS
+    ]
+    return f"{min(found):.2f} to {max(found):.2f}"
 
 
 def percent(point: Point, strategy: str) -> float:
