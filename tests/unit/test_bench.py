@@ -16,7 +16,7 @@ from vllm_gdn_plugin.bench.report import load
 from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, distinct, preset_shapes, shape_of_model, shape_of_text
 from vllm_gdn_plugin.cli import main
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -213,6 +213,23 @@ def test_fused_may_round_otherwise_but_not_worse(computed: Any) -> None:
                 verify(outputs, exact)
 
 
+def test_the_narrow_kernel_may_round_otherwise_in_its_own_projection_alone(computed: Any) -> None:
+    from vllm_gdn_plugin.bench.verify import verify
+
+    outputs, exact = computed
+    del outputs[FUSED]
+    reference = (None, exact[1])
+    error = outputs[SERIAL][1].double() - exact[1]
+    outputs[NARROW_KERNEL] = (outputs[SERIAL][0].clone(), exact[1] - 1.04 * error)
+    verify(outputs, reference)
+    outputs[NARROW_KERNEL] = (outputs[SERIAL][0].clone(), exact[1] - 1.06 * error)
+    with pytest.raises(WrongResult, match="narrow_kernel: in_proj_ba has an error"):
+        verify(outputs, reference)
+    outputs[NARROW_KERNEL] = (exact[0], outputs[SERIAL][1])
+    with pytest.raises(WrongResult, match="narrow_kernel: in_proj_qkvz is not bit-equal"):
+        verify(outputs, reference)
+
+
 # Timing
 
 
@@ -392,6 +409,33 @@ def test_a_run_without_fused_is_plotted(run: Run, tmp_path: Path) -> None:
     five = [replace(run.points[0], shape=Shape(f"model {n}", 128, 256, 8)) for n in range(5)]
     plot(replace(run, points=five), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_report
+def test_a_strategy_that_is_timed_for_few_tokens_alone(run: Run, tmp_path: Path) -> None:
+    """In the table the other rows are empty there; in the picture its line is short, and untimed ones are no lines."""
+    import matplotlib.pyplot as plt
+
+    from vllm_gdn_plugin.bench import plot
+    from vllm_gdn_plugin.bench.table import markdown
+
+    few, many = (replace(run.points[0], tokens=n, samples_us=dict(run.points[0].samples_us)) for n in (8, 64))
+    few.samples_us[NARROW_KERNEL] = many.samples_us[SERIAL]
+    run = replace(run, points=[many, few])
+    for point in run.points:
+        point.bytes_moved[NARROW_KERNEL] = 1
+    rows = [
+        line.split(" | ") for line in markdown(run).splitlines() if line.startswith(("| tokens", "| 64 |", "| 8 |"))
+    ]
+    column = rows[0].index("narrow_kernel us (x of qkvz)")
+    assert [row[column].strip() == "" for row in rows[:3]] == [False, True, False]
+    figure, axis = plt.subplots()
+    plot._panel(axis, run.points)
+    lines = {line.get_label(): list(line.get_xdata()) for line in axis.get_lines()}
+    plt.close(figure)
+    assert lines.pop(NARROW_KERNEL) == [8]
+    assert all(list(xs) in ([64, 8], [0, 1]) for xs in lines.values())
+    assert set(few.samples_us) - {NARROW_KERNEL} >= {SERIAL, QKVZ}
 
 
 # Wrong input

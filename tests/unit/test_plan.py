@@ -180,6 +180,22 @@ def test_any_layer_gets_the_first_strategy_whose_rules_all_hold(facts: LayerFact
     assert chosen.strategy == SERIAL or not facts.lora
 
 
+@pytest.mark.parametrize(
+    ("made_for", "change", "ways"),
+    [
+        (FUSED, {}, (FUSED, DUAL_STREAM, SERIAL)),
+        (FUSED, {"batch_invariant": True}, (DUAL_STREAM, SERIAL)),
+        (FUSED, {"weights_in_place": False}, (DUAL_STREAM, NARROW_KERNEL, SERIAL)),
+        (DUAL_STREAM, {}, (DUAL_STREAM, NARROW_KERNEL, SERIAL)),
+        (DUAL_STREAM, {"batch_invariant": True}, (DUAL_STREAM, SERIAL)),
+    ],
+)
+def test_the_narrow_kernel_is_for_what_cannot_be_fused_and_may_round_differently(
+    made_for: str, change: dict[str, Any], ways: tuple[str, ...]
+) -> None:
+    assert choices(changed(MADE_FOR[made_for], change)) == ways
+
+
 @given(RANDOM | NEAR)
 def test_auto_chooses_by_time_between_what_the_rules_allow_and_serial(facts: LayerFacts) -> None:
     """Only in CUDA graphs, where there is a plan and weights stay where they are; the planned way comes first."""

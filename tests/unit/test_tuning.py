@@ -210,6 +210,7 @@ def test_loaded_layers_are_timed_once_and_all_get_the_choice(engine: Engine, tmp
     assert phrase.startswith("dual_stream at 1 to 4 tokens (timed in ")
     assert recall(case, tmp_path) == dict.fromkeys((1, 2, 4), engine.takes)
     assert engine.prepared == 1, "the captures to come find the auxiliary stream's workspace in place"
+    assert engine.prepared_for == [], "fused layers have no use for the narrow kernel"
     assert engine.tuner.run(layers[-1]) == "", "a reload times nothing"
     assert len(engine.timed) == 1
     assert engine.said == []
