@@ -424,18 +424,16 @@ def test_a_strategy_that_is_timed_for_few_tokens_alone(run: Run, tmp_path: Path)
     run = replace(run, points=[many, few])
     for point in run.points:
         point.bytes_moved[NARROW_KERNEL] = 1
-    rows = [
-        line.split(" | ") for line in markdown(run).splitlines() if line.startswith(("| tokens", "| 64 |", "| 8 |"))
-    ]
-    column = rows[0].index("narrow_kernel us (x of qkvz)")
-    assert [row[column].strip() == "" for row in rows[:3]] == [False, True, False]
+    lines = markdown(run).splitlines()
+    head = next(n for n, line in enumerate(lines) if line.startswith("| tokens"))
+    column = lines[head].split("|").index(" narrow_kernel us (x of qkvz) ")
+    assert [bool(line.split("|")[column].strip()) for line in lines[head + 2 : head + 4]] == [False, True]
     figure, axis = plt.subplots()
     plot._panel(axis, run.points)
-    lines = {line.get_label(): list(line.get_xdata()) for line in axis.get_lines()}
+    drawn = {line.get_label(): list(line.get_xdata()) for line in axis.get_lines()}
     plt.close(figure)
-    assert lines.pop(NARROW_KERNEL) == [8]
-    assert all(list(xs) in ([64, 8], [0, 1]) for xs in lines.values())
-    assert set(few.samples_us) - {NARROW_KERNEL} >= {SERIAL, QKVZ}
+    assert drawn.pop(NARROW_KERNEL) == [8]
+    assert all(xs in ([64, 8], [0, 1]) for xs in drawn.values())
 
 
 # Wrong input
