@@ -7,8 +7,8 @@ import triton.language as tl
 MAX_BLOCK_TOKENS = 4
 """Tokens of one program: it reads a row of the weight once for all of them."""
 BLOCK_HIDDEN = 1024
-"""Columns that a program loads at once. All loads of a row are issued before the first sum: a GPU that has this little
-to read waits for the memory once, where cuBLAS waits once for each step along the row."""
+"""Columns that a program loads at once. The loop over them is unrolled, so that no load has to wait for another: with
+this little to read, waiting for the memory is what takes the time."""
 NUM_WARPS = 4
 ALIGNMENT = 16
 """Bytes: Triton compiles another kernel for data that lie elsewhere, which :func:`prepare` does not do."""

@@ -239,6 +239,28 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
     assert done == (order if taken else ["qkvz", "ba"])
 
 
+@pytest.mark.parametrize("step", ["fits", "linear"])
+def test_a_narrow_kernel_that_fails_is_replaced_by_the_projection_and_said_once(
+    layers: Callable[[int], list[str]], warnings: list[str], narrow: Any, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin import op
+
+    (name,) = layers(1)
+    layer = op.host.layer_by_name(name)
+    x = torch.randn(TOKENS, HIDDEN)
+
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(narrow, step, fail)
+    for _ in range(3):
+        qkvz, ba = op.project_narrow(layer, x, op.SERIALLY)
+        assert torch.equal(qkvz, layer.in_proj_qkvz(x)[0])
+        assert torch.equal(ba, layer.in_proj_ba(x)[0])
+    (line,) = warnings
+    assert line.endswith("narrow_kernel failed and is left out: unexpected ZeroDivisionError: planted")
+
+
 @pytest.mark.parametrize("projection", ["in_proj_qkvz", "in_proj_ba"])
 @pytest.mark.parametrize(
     ("strategy", "fault"),
