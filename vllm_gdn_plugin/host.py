@@ -277,7 +277,10 @@ def cuda_graphs_exist() -> bool:
 
     if compilation_counter.num_cudagraph_captured:
         return True
-    return any(segment["segment_pool_id"] != (0, 0) for segment in torch.cuda.memory_snapshot())
+    try:
+        return any(segment["segment_pool_id"] != (0, 0) for segment in torch.cuda.memory_snapshot())
+    except Exception:  # an allocator that cannot tell, such as cudaMallocAsync
+        return True
 
 
 def release_workspaces() -> None:
