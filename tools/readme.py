@@ -110,7 +110,8 @@ part of a decode step.
 number](benchmarks/results/h200-narrow-kernel-few-tokens.md)). Beside an FP8 `in_proj_qkvz` most of that was hidden
 already: it beats dual_stream by more than 1 % at {sum(one < 0.99 for one in narrow.values())} of {len(narrow)} points,
 by {gain:.0f} % at most but for the point above, and loses by more than 1 % at
-{sum(one > 1.01 for one in narrow.values())}; `auto` takes what was faster when timed. It should gain more on GPUs on which cuBLAS
+{sum(one > 1.01 for one in narrow.values())}; `auto` takes what was faster when
+timed. It should gain more on GPUs on which cuBLAS
 has no good kernel for this shape, such as [the RTX 5090 of vLLM
 #57318](https://github.com/vllm-project/vllm/pull/57318); that has not been measured.
 
