@@ -147,8 +147,6 @@ class Tuner:
             try:
                 case = usable(case, layers[0])
                 chosen, how = _chosen(case, [layer for layer in layers if layer is not last], alike[-1][1])
-                if DUAL_STREAM in chosen.values():
-                    host.prepare_aux_stream()
             except Exception as error:
                 warn_once(UNTIMED, unexpected(error))
                 continue
@@ -156,6 +154,13 @@ class Tuner:
                 layer.gdn_tuned = chosen
             if chosen:
                 phrases.append(f"{described(chosen)} ({how})")
+        if any(
+            {DUAL_STREAM, NARROW_KERNEL} & {*layer.gdn_tuned.values()} for layer, *_ in waiting if layer is not None
+        ):
+            try:  # after all cases: the timing of one gives back what another has prepared
+                host.prepare_aux_stream()
+            except Exception as error:
+                warn_once(UNTIMED, unexpected(error))
         return "; ".join(phrases)
 
 
