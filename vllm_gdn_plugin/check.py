@@ -20,7 +20,7 @@ from vllm_gdn_plugin.decision import Decision, Status, decide, refusal
 from vllm_gdn_plugin.plan import AUTO, SERIAL, choices, platform_plan
 from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
-from vllm_gdn_plugin.tuning import case_of, described, fastest, recall
+from vllm_gdn_plugin.tuning import case_of, described, fastest, recall, without_narrow_kernel
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 
 if TYPE_CHECKING:
@@ -177,8 +177,12 @@ def _timed(group: LayerGroup, report: Report, settings: Settings) -> str:
     ways = choices(group.facts)
     if settings.strategy != AUTO or not settings.tune or report.platform != "cuda" or not ways:
         return ""
-    times = recall(case_of(group.facts, group.hidden_size, report.device or ""), host.tuning_directory())
-    chosen = fastest({tokens: time for tokens, time in times.items() if tokens <= settings.max_tokens}, ways)
+    case = case_of(group.facts, group.hidden_size, report.device or "")
+    times = recall(case, host.tuning_directory())
+    if not times:
+        case = without_narrow_kernel(case)
+        times = recall(case, host.tuning_directory())
+    chosen = fastest({tokens: time for tokens, time in times.items() if tokens <= settings.max_tokens}, case.ways)
     if chosen:
         return f"; in CUDA graphs {described(chosen)} (timed at an earlier start)"
     return f"; in CUDA graphs {', '.join(ways[:-1])} or {ways[-1]}, as timed on this GPU when the engine starts"

@@ -23,7 +23,6 @@ GDN_CLASSES = {
 """Where the layer is found: module and class, newest first."""
 
 HELPERS = {
-    "vllm.compilation.counter": ("compilation_counter", "CompilationCounter.num_cudagraph_captured"),
     "vllm.config.vllm": ("get_current_vllm_config",),
     "vllm.distributed.parallel_state": (
         "get_pcp_group",

@@ -271,12 +271,9 @@ def prepare_aux_stream() -> None:
 
 
 def cuda_graphs_exist() -> bool:
-    """Whether a CUDA graph was captured in this process by vLLM, or one by anybody is still there."""
+    """Whether there is memory of a CUDA graph in this process."""
     import torch
-    from vllm.compilation.counter import compilation_counter
 
-    if compilation_counter.num_cudagraph_captured:
-        return True
     try:
         return any(segment["segment_pool_id"] != (0, 0) for segment in torch.cuda.memory_snapshot())
     except Exception:  # an allocator that cannot tell, such as cudaMallocAsync
@@ -285,12 +282,15 @@ def cuda_graphs_exist() -> bool:
 
 def release_workspaces() -> None:
     """Give back the workspaces that cuBLAS has by now, one for each stream that it was used on, and all else that
-    PyTorch keeps for later. cuBLAS gets new ones where it needs them. Not for a process with CUDA graphs, which go on
-    using those that they were captured with."""
+    PyTorch keeps for later. cuBLAS gets new ones where it needs them. Does not touch the workspaces while there are
+    CUDA graphs, which go on using those that they were captured with."""
     import torch
 
     global _thread
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # first, for graphs that are gone leave their memory in it
+    if cuda_graphs_exist():
+        return
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     _thread = threading.local()

@@ -46,7 +46,9 @@ def _project(  # type: ignore[no-untyped-def]
 def fits(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether :func:`linear` can be called with these."""
     return (
-        hidden_states.dtype == weight.dtype
+        hidden_states.is_cuda
+        and hidden_states.device == weight.device
+        and hidden_states.dtype == weight.dtype
         and weight.dtype in DTYPES
         and hidden_states.dim() == weight.dim() == 2
         and hidden_states.is_contiguous()
@@ -56,7 +58,8 @@ def fits(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``F.linear(hidden_states, weight)``, summed in float32 and rounded once; the same bits at every call.
+    """``F.linear(hidden_states, weight)``, summed in float32 and rounded once; the same bits at every call with
+    so many tokens.
 
     Args:
         hidden_states: (num_tokens, hidden_size), contiguous.
@@ -83,8 +86,12 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def prepare(weight: torch.Tensor) -> None:
-    """Have the kernel compiled, and loaded, for ``weight`` and each number of tokens: within a capture it cannot be."""
-    num_tokens = 1
-    while num_tokens <= MAX_BLOCK_TOKENS:
-        linear(weight.new_zeros((num_tokens, weight.shape[1])), weight)
-        num_tokens *= 2
+    """Have the kernel compiled, and loaded, for ``weight`` and each number of tokens: within a capture it cannot be.
+
+    Raises ValueError where it does not fit, or what Triton raises.
+    """
+    for block_tokens in (1, 2, MAX_BLOCK_TOKENS):
+        hidden_states = weight.new_zeros((block_tokens, weight.shape[-1]))
+        if not fits(hidden_states, weight):
+            raise ValueError(f"no kernel for {weight.device}, {weight.dtype}, {tuple(weight.shape)}, {weight.stride()}")
+        linear(hidden_states, weight)

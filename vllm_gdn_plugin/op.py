@@ -6,6 +6,7 @@ all layers share one artifact; as a string it would make one artifact per layer 
 first such op: vLLM #38152).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def gdn_in_proj(
         (num_tokens, qkvz_size) and (num_tokens, ba_size), contiguous, in the dtype of ``hidden_states``.
 
     What a projection raises, an out-of-memory say, passes through; so does a failure to find the layer, which vLLM's
-    own GDN op looks up in the same way. Should anything else fail, the call runs serially, and a line says why once.
+    own GDN op looks up in the same way. Should the overlap or the plugin's kernel fail, the call does without it, and a
+    line says why once.
     """
     layer = host.layer_by_name(layer_name)
     overlap = fork_and_join(layer, hidden_states)
@@ -59,33 +61,45 @@ def project_apart(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> 
     )
 
 
-def project_narrow(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`project_apart`, with the plugin's kernel for ``in_proj_ba``, which is enqueued first: on an NVIDIA H200
-    3 % faster so at 1 token, within 1 % up to 8. cuBLAS's is slower first (benchmarks/NOTES.md)."""
-    fork, join, stream = overlap
-    if fork is None or join is None:
-        return layer.in_proj_qkvz(hidden_states)[0], project_ba_narrow(layer, hidden_states)
-    fork.record()
-    with torch.cuda.stream(stream):
-        fork.wait()
-        ba = project_ba_narrow(layer, hidden_states)
-        join.record()
-    qkvz = layer.in_proj_qkvz(hidden_states)[0]
-    join.wait()
-    return qkvz, ba
-
-
 def project_ba_narrow(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """``in_proj_ba`` with the plugin's kernel."""
+    from vllm_gdn_plugin import narrow  # needs Triton, which vLLM has where there is a GPU
+
+    return narrow.linear(hidden_states, layer.in_proj_ba.weight)
+
+
+def project_ba_narrow_or_not(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """``in_proj_ba`` with the plugin's kernel; as the layer has it where that does not fit or fails."""
     try:
         from vllm_gdn_plugin import narrow
 
-        weight = layer.in_proj_ba.weight
-        if narrow.fits(hidden_states, weight):
-            return narrow.linear(hidden_states, weight)
+        if narrow.fits(hidden_states, layer.in_proj_ba.weight):
+            return project_ba_narrow(layer, hidden_states)
     except Exception as error:
         warn_once(f"{NARROW_KERNEL} failed and is left out", unexpected(error))
     return layer.in_proj_ba(hidden_states)[0]
+
+
+def project_narrow(
+    layer: Any,
+    hidden_states: torch.Tensor,
+    overlap: Overlap,
+    project_ba: Callable[[Any, torch.Tensor], torch.Tensor] = project_ba_narrow_or_not,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`project_apart`, with ``project_ba`` for ``in_proj_ba``, which is enqueued first: by the median over the
+    shapes on an NVIDIA H200 the plugin's kernel is 3 % faster so at 1 token, within 1 % at 2 to 8, and cuBLAS's is
+    slower (benchmarks/NOTES.md)."""
+    fork, join, stream = overlap
+    if fork is None or join is None:
+        return layer.in_proj_qkvz(hidden_states)[0], project_ba(layer, hidden_states)
+    fork.record()
+    with torch.cuda.stream(stream):
+        fork.wait()
+        ba = project_ba(layer, hidden_states)
+        join.record()
+    qkvz = layer.in_proj_qkvz(hidden_states)[0]
+    join.wait()
+    return qkvz, ba
 
 
 def fork_and_join(layer: Any, hidden_states: torch.Tensor) -> Overlap:

@@ -41,6 +41,7 @@ class Case:
     qkvz: ProjectionFacts
     ba: ProjectionFacts
     quantization: str
+    batch_invariant: bool
     ways: tuple[str, ...]
     """What there is to choose from, the planned strategy first."""
 
@@ -63,6 +64,7 @@ def case_of(facts: LayerFacts, hidden_size: int, gpu: str) -> Case:
         facts.qkvz,
         facts.ba,
         facts.quantization,
+        facts.batch_invariant,
         choices(facts),
     )
 
@@ -145,8 +147,7 @@ class Tuner:
             if not layers:
                 continue
             try:
-                case = usable(case, layers[0])
-                chosen, how = _chosen(case, [layer for layer in layers if layer is not last], alike[-1][1])
+                chosen, how = _chosen(case, layers, last, alike[-1][1])
             except Exception as error:
                 warn_once(UNTIMED, unexpected(error))
                 continue
@@ -164,37 +165,45 @@ class Tuner:
         return "; ".join(phrases)
 
 
-def usable(case: Case, layer: Any) -> Case:
-    """The case without a kernel of ours that does not run here, of which a line tells. One that does is ready after it,
-    also for a capture."""
-    if NARROW_KERNEL not in case.ways:
-        return case
+def without_narrow_kernel(case: Case) -> Case:
+    """The case where the plugin's own kernel does not run."""
+    return replace(case, ways=tuple(way for way in case.ways if way != NARROW_KERNEL))
+
+
+def _narrow_kernel_runs(layer: Any) -> bool:
+    """Whether it does, of which a line tells if not. It is ready after it, also for a capture."""
     try:
         from vllm_gdn_plugin import narrow
 
         narrow.prepare(layer.in_proj_ba.weight)
     except Exception as error:
         warn_once(f"{NARROW_KERNEL} does not run here and is left out", unexpected(error))
-        return replace(case, ways=tuple(way for way in case.ways if way != NARROW_KERNEL))
-    return case
+        return False
+    return True
 
 
-def _chosen(case: Case, ready: list[Any], sizes: list[int]) -> tuple[dict[int, str], str]:
+def _chosen(case: Case, layers: list[Any], last: Any, sizes: list[int]) -> tuple[dict[int, str], str]:
     """The ways for these numbers of tokens, and when they were timed."""
     directory = host.tuning_directory()
+    ready = [layer for layer in layers if layer is not last]
     times = recall(case, directory)
     missing = [tokens for tokens in sizes if tokens not in times]
-    how = "timed at an earlier start"
-    if missing and ready:
-        from vllm_gdn_plugin.ways import timed
+    chosen = fastest({tokens: times[tokens] for tokens in sizes if tokens in times}, case.ways)
+    to_be_timed = bool(missing and ready)
+    needed = NARROW_KERNEL in (case.ways if to_be_timed else chosen.values())
+    if needed and not _narrow_kernel_runs((ready or layers)[0]):
+        return _chosen(without_narrow_kernel(case), layers, last, sizes)
+    if not to_be_timed:
+        return chosen, "timed at an earlier start"
+    from vllm_gdn_plugin.ways import timed
 
-        began = time.perf_counter()
-        times |= timed(ready, case, missing)
-        how = f"timed in {time.perf_counter() - began:.1f} s"
-        try:
-            keep(case, times, directory)
-        except OSError as error:
-            warn_once("the times of the ways to run the layers are not kept for the next start", str(error))
+    began = time.perf_counter()
+    times |= timed(ready, case, missing)
+    how = f"timed in {time.perf_counter() - began:.1f} s"
+    try:
+        keep(case, times, directory)
+    except OSError as error:
+        warn_once("the times of the ways to run the layers are not kept for the next start", str(error))
     return fastest({tokens: times[tokens] for tokens in sizes if tokens in times}, case.ways), how
 
 

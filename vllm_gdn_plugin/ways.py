@@ -9,8 +9,16 @@ from typing import Any
 import torch
 
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.op import SERIALLY, fork_and_join, project_apart, project_fused_apart, project_narrow
+from vllm_gdn_plugin.op import (
+    SERIALLY,
+    fork_and_join,
+    project_apart,
+    project_ba_narrow,
+    project_fused_apart,
+    project_narrow,
+)
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, choices_at
+from vllm_gdn_plugin.report import unexpected, warn_once
 from vllm_gdn_plugin.timing import CudaTimer
 from vllm_gdn_plugin.tuning import Case, Times
 
@@ -36,7 +44,6 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     ways = WAYS[case.ways[0]]
     dtype = getattr(torch, case.qkvz.dtype)
     times: Times = {}
-    graphs_exist = host.cuda_graphs_exist()
     own = torch.Generator("cuda").manual_seed(0)  # the engine samples with the default one
     with host.unchanged_stream(), torch.inference_mode():  # the latter as the engine: Dynamo would compile twice
         xs = {n: torch.randn(n, case.hidden_size, dtype=dtype, device="cuda", generator=own) for n in sizes}
@@ -54,8 +61,10 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
             samples = timer.measure(prepared, ROUNDS)
             prepared.clear()  # a graph that ends later could give back the workspace of the next ones
             times[tokens] = {way: statistics.median(values) / len(layers) for way, values in samples.items()}
-    if not graphs_exist:  # as ever when an engine starts, unless there is another one in the process
+    try:
         host.release_workspaces()
+    except Exception as error:
+        warn_once("the memory that timing the layers took is not given back", unexpected(error))
     return times
 
 
@@ -74,7 +83,7 @@ WAYS: dict[str, dict[str, Way]] = {
     },
     DUAL_STREAM: {
         DUAL_STREAM: lambda layer, x: project_apart(layer, x, fork_and_join(layer, x)),
-        NARROW_KERNEL: lambda layer, x: project_narrow(layer, x, fork_and_join(layer, x)),
+        NARROW_KERNEL: lambda layer, x: project_narrow(layer, x, fork_and_join(layer, x), project_ba_narrow),
         SERIAL: lambda layer, x: project_apart(layer, x, SERIALLY),
     },
 }

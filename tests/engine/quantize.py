@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-IGNORED = ("in_proj_a", "in_proj_b", "lm_head")
+IGNORED = ("in_proj_a", "in_proj_b", "in_proj_ba", "lm_head")
 """Linear layers that stay in bf16."""
 
 

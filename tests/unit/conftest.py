@@ -87,13 +87,6 @@ LORA_BODY = '''\
 
 SOURCES = {
     "vllm": 'import torch\n\n__version__ = "0.32.0"\n',
-    "vllm.compilation.counter": """
-class CompilationCounter:
-    num_cudagraph_captured: int = 0
-
-
-compilation_counter = CompilationCounter()
-""",
     "vllm.config": "from vllm.config.vllm import get_current_vllm_config\n",
     "vllm.config.vllm": """
 from types import SimpleNamespace as Config

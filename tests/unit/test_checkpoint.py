@@ -9,7 +9,7 @@ import pytest
 from vllm_gdn_plugin import host
 from vllm_gdn_plugin.check import Report, check_elsewhere, with_model
 from vllm_gdn_plugin.checkpoint import Unreadable, digest, read_groups
-from vllm_gdn_plugin.tuning import case_of, keep
+from vllm_gdn_plugin.tuning import case_of, keep, without_narrow_kernel
 
 TEXT = {
     "model_type": "qwen3_5_text",
@@ -187,3 +187,22 @@ def test_what_this_gpu_was_timed_to_do_best_is_told(
     report = with_model(Report("active", "", "auto", platform=platform, device=gpu), model(), 1)
     (line,) = report.model
     assert line.endswith(group.plan.reason + told if "STRATEGY" not in variables else "holds")
+
+
+def test_times_without_the_narrow_kernel_are_told_where_it_does_not_run(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch", reason="torch isn't installed: its version is a part of what times are kept for")
+    for name, value in {"driver": "580.1", "version": "0.32.0", "tuning_directory": tmp_path / "times"}.items():
+        monkeypatch.setattr(host, name, lambda value=value: value)
+    path = model({"quant_method": "fp8", "modules_to_not_convert": left_out("model")})
+    (group,) = read_groups(path, 1, "cuda", "auto")
+    case = case_of(group.facts, 4096, "NVIDIA H200")
+    times = {"dual_stream": 2.0, "serial": 3.0}
+    report = Report("active", "", "auto", platform="cuda", device="NVIDIA H200")
+    keep(without_narrow_kernel(case), {1: times}, tmp_path / "times")
+    (line,) = with_model(report, path, 1).model
+    assert line.endswith("; in CUDA graphs dual_stream at 1 token (timed at an earlier start)")
+    keep(case, {1: times | {"narrow_kernel": 1.0}}, tmp_path / "times")
+    (line,) = with_model(report, path, 1).model
+    assert line.endswith("; in CUDA graphs narrow_kernel at 1 token (timed at an earlier start)")

@@ -211,21 +211,34 @@ def test_the_stream_is_left_as_vllm_knows_it(
     assert known.value == before
 
 
+def fail(*args: Any) -> Any:
+    raise ZeroDivisionError("planted")
+
+
 @pytest.mark.parametrize(
-    ("captured", "pools", "exist"),
-    [(0, [(0, 0)], False), (0, [], False), (3, [(0, 0)], True), (0, [(0, 0), (0, 1)], True), (0, [(2, 0)], True)],
+    ("snapshot", "exist"),
+    [
+        (lambda: [{"segment_pool_id": (0, 0)}], False),
+        (list, False),
+        (lambda: [{"segment_pool_id": (0, 0)}, {"segment_pool_id": (0, 1)}], True),
+        (lambda: [{"segment_pool_id": (2, 0)}], True),
+        (fail, True),
+    ],
+    ids=["the one of all", "none", "one of a graph", "only one of a graph", "an allocator that cannot tell"],
 )
-def test_the_graphs_of_vllm_and_of_others_are_seen(
-    ours: Any, plugin: Any, captured: int, pools: list[tuple[int, int]], exist: bool, monkeypatch: pytest.MonkeyPatch
+def test_graphs_are_seen_by_their_memory(
+    ours: Any, snapshot: Any, exist: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plugin.vllm("compilation.counter").compilation_counter.num_cudagraph_captured = captured
-    cuda = importlib.import_module("torch.cuda")
-    monkeypatch.setattr(cuda, "memory_snapshot", lambda: [{"segment_pool_id": pool} for pool in pools], raising=False)
+    monkeypatch.setattr(importlib.import_module("torch.cuda"), "memory_snapshot", snapshot, raising=False)
     assert ours.cuda_graphs_exist() is exist
 
 
-def test_workspaces_are_given_back_once_the_gpu_is_done_with_them(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the auxiliary stream gets one again before the next capture, in every thread."""
+@pytest.mark.parametrize("graphs", [True, False])
+def test_workspaces_are_given_back_once_the_gpu_is_done_with_them(
+    ours: Any, graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the auxiliary stream gets one again before the next capture, in every thread. Graphs that are gone have left
+    the pools before it is asked whether there are some."""
     done: list[str] = []
     torch = importlib.import_module("torch")
     cuda = importlib.import_module("torch.cuda")
@@ -234,9 +247,10 @@ def test_workspaces_are_given_back_once_the_gpu_is_done_with_them(ours: Any, mon
     clear = SimpleNamespace(_cuda_clearCublasWorkspaces=partial(done.append, "clear"))
     monkeypatch.setattr(torch, "_C", clear, raising=False)
     monkeypatch.setattr(ours, "_thread", SimpleNamespace(prepared=True))
+    monkeypatch.setattr(ours, "cuda_graphs_exist", lambda: bool(done.append("asked")) or graphs)
     ours.release_workspaces()
-    assert done == ["synchronize", "clear", "empty_cache"]
-    assert not getattr(ours._thread, "prepared", False)
+    assert done == ["synchronize", "empty_cache", "asked", *([] if graphs else ["clear", "empty_cache"])]
+    assert getattr(ours._thread, "prepared", False) is graphs
 
 
 @pytest.mark.parametrize(("initialized", "name"), [(True, "the second GPU"), (False, "Stub Device")])

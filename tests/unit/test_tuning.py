@@ -29,7 +29,7 @@ FP8 = replace(BF16, linear_method="Fp8LinearMethod")
 FACTS = LayerFacts("cuda", BF16, BA, "bfloat16")
 ALL = (FUSED, DUAL_STREAM, SERIAL)
 MIXED = (DUAL_STREAM, NARROW_KERNEL, SERIAL)
-CASE = Case("NVIDIA H200", "580.1", "2.11.0", "0.26.0", "0.1.0", 2048, BF16, BA, "", ALL)
+CASE = Case("NVIDIA H200", "580.1", "2.11.0", "0.26.0", "0.1.0", 2048, BF16, BA, "", False, ALL)
 OTHER: dict[str, Any] = {
     "gpu": "NVIDIA H100",
     "driver": "",
@@ -40,6 +40,7 @@ OTHER: dict[str, Any] = {
     "qkvz": replace(BF16, output_size=3072),
     "ba": replace(BA, dtype="float16"),
     "quantization": "0123456789abcdef",
+    "batch_invariant": True,
     "ways": (FUSED, SERIAL),
 }
 
@@ -168,7 +169,8 @@ class Engine:
         torch.__version__ = "2.11.0"  # type: ignore[attr-defined]
         narrow = ModuleType("vllm_gdn_plugin.narrow")
         self.prepared_for: list[Any] = []
-        narrow.prepare = self.prepared_for.append  # type: ignore[attr-defined]
+        self.kernel_fails = False
+        narrow.prepare = self._prepare  # type: ignore[attr-defined]
         monkeypatch.setattr(vllm_gdn_plugin, "narrow", narrow, raising=False)
         for module in (ways, torch, narrow):
             monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -183,8 +185,14 @@ class Engine:
             monkeypatch.setattr(host, name, value)
         monkeypatch.setattr(tuning, "warn_once", lambda *line: self.said.append(line))
 
+    def _prepare(self, weight: Any) -> None:
+        if self.kernel_fails:
+            raise OSError("there is no C compiler")
+        self.prepared_for.append(weight)
+
     def _time(self, layers: list[Any], case: Case, sizes: list[int]) -> Times:
         self.timed.append((layers, case, sizes))
+        self.prepared = 0  # timing gives the workspaces back
         return dict.fromkeys(sizes, self.takes)
 
     def layers(self, count: int, facts: LayerFacts = FACTS, max_tokens: int = 1024) -> list[Any]:
@@ -240,7 +248,7 @@ def test_what_cannot_be_timed_in_its_time_stays_planned(engine: Engine, monkeypa
 
 def test_layers_of_two_kinds_are_timed_apart(engine: Engine) -> None:
     engine.takes = at(3, 2, 4) | {NARROW_KERNEL: 3}
-    one, two = engine.layers(2), engine.layers(2, replace(FACTS, qkvz=FP8))
+    one, two = engine.layers(2), engine.layers(2, MIXED_FACTS)
     phrase = engine.tuner.run(two[-1])
     assert [(layers, case.ways) for layers, case, _ in engine.timed] == [
         (one, ALL),
@@ -249,31 +257,77 @@ def test_layers_of_two_kinds_are_timed_apart(engine: Engine) -> None:
     assert phrase.count("timed in") == 2
 
 
-def test_the_narrow_kernel_is_ready_for_a_capture_at_every_start(engine: Engine) -> None:
-    engine.takes = {DUAL_STREAM: 3, NARROW_KERNEL: 2, SERIAL: 4}
+MIXED_FACTS = replace(FACTS, qkvz=FP8)
+NARROW_IS = {
+    "faster": {DUAL_STREAM: 3.0, NARROW_KERNEL: 2, SERIAL: 4},
+    "slower": {DUAL_STREAM: 2.0, NARROW_KERNEL: 3, SERIAL: 4},
+}
+
+
+@pytest.mark.parametrize("narrow_is", NARROW_IS)
+def test_the_narrow_kernel_is_ready_where_it_is_timed_or_taken_and_else_costs_a_start_nothing(
+    engine: Engine, narrow_is: str
+) -> None:
+    engine.takes = NARROW_IS[narrow_is]
+    taken = NARROW_KERNEL if narrow_is == "faster" else DUAL_STREAM
     for start in (1, 2):
-        layers = engine.layers(2, replace(FACTS, qkvz=FP8))
-        assert engine.tuner.run(layers[-1]).startswith("narrow_kernel at 1 to 4 tokens (timed ")
-        assert layers[0].gdn_tuned == dict.fromkeys((1, 2, 4), NARROW_KERNEL)
-        assert engine.prepared_for == start * ["the weight of dual_stream.0"]
+        layers = engine.layers(2, MIXED_FACTS)
+        assert engine.tuner.run(layers[-1]).startswith(f"{taken} at 1 to 4 tokens (timed ")
+        assert layers[0].gdn_tuned == dict.fromkeys((1, 2, 4), taken)
+        times = start if narrow_is == "faster" else 1
+        assert engine.prepared_for == times * ["the weight of dual_stream.0"], "the last one's may not be ready"
     assert len(engine.timed) == 1
     assert engine.said == []
 
 
-def test_a_narrow_kernel_that_does_not_run_here_is_left_out_and_said(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(weight: Any) -> None:
-        raise OSError("there is no C compiler")
+def test_the_narrow_kernel_is_ready_for_a_single_layer_that_takes_it(engine: Engine) -> None:
+    engine.takes = NARROW_IS["faster"]
+    several = engine.layers(2, MIXED_FACTS)
+    engine.tuner.run(several[-1])
+    (layer,) = engine.layers(1, MIXED_FACTS)
+    assert engine.tuner.run(layer).startswith("narrow_kernel at 1 to 4 tokens (timed at an earlier start)")
+    assert len(engine.prepared_for) == 2
 
-    monkeypatch.setattr(sys.modules["vllm_gdn_plugin.narrow"], "prepare", fail)
+
+def test_a_narrow_kernel_that_does_not_run_here_is_left_out_and_said(engine: Engine) -> None:
     engine.takes = {DUAL_STREAM: 3, SERIAL: 4}
-    layers = engine.layers(2, replace(FACTS, qkvz=FP8))
-    assert engine.tuner.run(layers[-1]).startswith("dual_stream at 1 to 4 tokens (timed in ")
-    assert engine.timed[0][1].ways == (DUAL_STREAM, SERIAL)
-    ((what, why),) = engine.said
-    assert what == "narrow_kernel does not run here and is left out"
-    assert why == "unexpected OSError: there is no C compiler"
+    engine.kernel_fails = True
+    for how in ("in 0.0 s", "at an earlier start"):
+        layers = engine.layers(2, MIXED_FACTS)
+        assert engine.tuner.run(layers[-1]) == f"dual_stream at 1 to 4 tokens (timed {how})"
+        assert layers[0].gdn_tuned == dict.fromkeys((1, 2, 4), DUAL_STREAM)
+        assert engine.timed[0][1].ways == (DUAL_STREAM, SERIAL)
+        assert engine.said.pop() == (
+            "narrow_kernel does not run here and is left out",
+            "unexpected OSError: there is no C compiler",
+        )
+    assert len(engine.timed) == 1
+    assert engine.said == []
+
+
+def test_a_narrow_kernel_that_runs_no_longer_is_not_taken_by_its_times(engine: Engine) -> None:
+    engine.takes = NARROW_IS["faster"]
+    several = engine.layers(2, MIXED_FACTS)
+    engine.tuner.run(several[-1])
+    engine.kernel_fails = True
+    layers = engine.layers(2, MIXED_FACTS)
+    engine.tuner.run(layers[-1])
+    assert layers[0].gdn_tuned == dict.fromkeys((1, 2, 4), DUAL_STREAM)
+
+
+def test_the_auxiliary_stream_is_prepared_after_the_last_case_was_timed(engine: Engine) -> None:
+    """The first case takes two streams, and timing the second one, which does not, gives their workspace back."""
+    first, second = engine.layers(2), engine.layers(2, MIXED_FACTS)
+    time = sys.modules["vllm_gdn_plugin.ways"].timed
+
+    def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
+        engine.takes = at(3, 2, 4) if case.ways == ALL else {DUAL_STREAM: 3, NARROW_KERNEL: 3, SERIAL: 2}
+        return time(layers, case, sizes)  # type: ignore[no-any-return]
+
+    sys.modules["vllm_gdn_plugin.ways"].timed = timed  # type: ignore[attr-defined]
+    engine.tuner.run(second[-1])
+    assert [layers[0].gdn_tuned[1] for layers in (first, second)] == [DUAL_STREAM, SERIAL]
+    assert engine.prepared == 1
 
 
 def test_a_layer_that_went_back_to_serial_is_left_alone(engine: Engine) -> None:
