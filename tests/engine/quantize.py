@@ -14,8 +14,9 @@ IGNORED = ("in_proj_a", "in_proj_b", "in_proj_ba", "lm_head")
 """Linear layers that stay in bf16."""
 
 
-def quantize(source: Path, target: Path) -> Path:
-    """Write the checkpoint `source` as compressed-tensors W8A8 into `target` and return `target`.
+def quantize(source: Path, target: Path, only: str = "") -> Path:
+    """Write the checkpoint `source` as compressed-tensors W8A8 into `target` and return `target`; with `only`, just the
+    linear layers whose names end so.
 
     Weights are int8 with one scale for each output channel, fixed; activations int8, a scale for each token, found
     while running.
@@ -26,7 +27,7 @@ def quantize(source: Path, target: Path) -> Path:
     for name, weight in load_file(source / "model.safetensors").items():
         module = name.removesuffix(".weight")
         is_linear = weight.dim() == 2 and not module.endswith("embed_tokens")
-        if not is_linear or module.endswith(IGNORED):
+        if not is_linear or module.endswith(IGNORED) or not module.endswith(only):
             weights[name] = weight
             ignored += [module] * is_linear
             continue
@@ -39,7 +40,7 @@ def quantize(source: Path, target: Path) -> Path:
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": ignored,
+        "ignore": [f"re:.*(?<!{only})$"] if only else ignored,
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],

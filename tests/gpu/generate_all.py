@@ -1,9 +1,10 @@
 """Generate with one model with stock vLLM and with each strategy, in one process: its kernels are tuned once.
 
-    python generate_all.py MODEL OUTPUT.json [--eager] [--mtp] [--tensor-parallel-size N]
+    python generate_all.py MODEL OUTPUT.json [--eager] [--mtp] [--narrow-kernel] [--tensor-parallel-size N]
 
-With full and piecewise CUDA graphs, or eagerly; with `--mtp`, the model's own MTP head drafts. With more ranks than
-one, each engine has worker processes of its own, which load the installed plugin, or don't.
+With full and piecewise CUDA graphs, or eagerly; with `--mtp`, the model's own MTP head drafts; with `--narrow-kernel`,
+`auto` takes that wherever it may, however it was timed. With more ranks than one, each engine has worker processes of
+its own, which load the installed plugin, or don't.
 """
 
 import argparse
@@ -11,6 +12,9 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from vllm_gdn_plugin import tuning
+from vllm_gdn_plugin.plan import NARROW_KERNEL, choices_at
 
 STRATEGIES = ("stock", "dual_stream", "fused", "auto")
 
@@ -21,14 +25,22 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--mtp", action="store_true")
+    parser.add_argument("--narrow-kernel", action="store_true")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if options.narrow_kernel:
+        tuning.fastest = narrowest
     results = {}
     for strategy in STRATEGIES:
         install(strategy)
         results[strategy] = generate(options)
         options.output.write_text(json.dumps(results))
+
+
+def narrowest(times: tuning.Times, ways: tuple[str, ...]) -> dict[int, str]:
+    """In place of `fastest`."""
+    return {tokens: NARROW_KERNEL if NARROW_KERNEL in choices_at(ways, tokens) else ways[0] for tokens in times}
 
 
 def install(strategy: str) -> None:

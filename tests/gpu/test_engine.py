@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from quantize import quantize
 
 HERE = Path(__file__).parent
 TINY_MODEL = HERE.parents[1] / "examples" / "tiny_model.py"
 
-
-MODES = {"graphs": [], "eager": ["--eager"], "mtp": ["--mtp"], "tp2": ["--tensor-parallel-size", "2"]}
+MODES = {
+    "graphs": [],
+    "eager": ["--eager"],
+    "mtp": ["--mtp"],
+    "narrow": ["--narrow-kernel"],
+    "tp2": ["--tensor-parallel-size", "2"],
+}
 
 
 @pytest.fixture(scope="module", params=MODES)
@@ -24,7 +30,10 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         if torch.cuda.device_count() < 2:
             pytest.skip("there is one GPU")
     directory = tmp_path_factory.mktemp(request.param)
-    subprocess.run([sys.executable, TINY_MODEL, "qwen3_next", directory / "model"], check=True)
+    bf16 = directory / "bf16" if request.param == "narrow" else directory / "model"
+    subprocess.run([sys.executable, TINY_MODEL, "qwen3_next", bf16], check=True)
+    if request.param == "narrow":
+        quantize(bf16, directory / "model", only="in_proj_qkvz")
     if request.param == "mtp":
         add_mtp_head(directory / "model" / "model.safetensors")
     command = [sys.executable, HERE / "generate_all.py", directory / "model", directory / "generated.json"]
@@ -68,6 +77,12 @@ def test_gives_the_same_tokens(generated: Any, strategy: str) -> None:
 
 
 def test_each_strategy_was_at_work(generated: Any) -> None:
+    if generated["mode"] == "narrow":
+        assert "one GEMM cannot serve" in generated["log"]
+        assert "dual_stream on 3 of 3 GDN layers (platform cuda" in generated["log"]
+        assert "; in CUDA graphs narrow_kernel at 1 to 8 tokens, dual_stream at 16" in generated["log"]
+        assert "is left out" not in generated["log"]
+        return
     assert "fused on 3 of 3 GDN layers (platform cuda" in generated["log"]
     assert ("Qwen3NextMTP" in generated["log"]) == (generated["mode"] == "mtp")
     if generated["mode"] == "eager":

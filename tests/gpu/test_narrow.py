@@ -62,6 +62,10 @@ def test_what_does_not_fit() -> None:
         assert not narrow.fits(wrong, weight)
     assert not narrow.fits(x.float(), weight.float())
     assert not narrow.fits(x, weight.T)
+    assert not narrow.fits(x.cpu(), weight)
+    for wrong in (weight.float(), weight.T, weight.cpu()):
+        with pytest.raises(ValueError, match="no kernel for"):
+            narrow.prepare(wrong)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "awq", "gptq"])

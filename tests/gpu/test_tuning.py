@@ -8,7 +8,7 @@ import pytest
 from gpu_layers import SHAPES
 from test_dual_stream import capture, context, quantized
 
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, SERIAL, LayerFacts, ProjectionFacts
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, LayerFacts, ProjectionFacts
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 TOLERANCE = 1.05
@@ -128,6 +128,43 @@ def test_the_tuner_times_chooses_and_remembers(
     # The auxiliary stream's, and without graphs of other tests the current stream's was given back instead.
     left_behind = WORKSPACE * (1 + graphs_exist) + A_LITTLE
     assert free - torch.cuda.mem_get_info()[0] <= left_behind
+
+
+def test_times_stand_though_the_memory_cannot_be_given_back(
+    make_layers: Callable[..., list[Any]], vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin import host, ways
+    from vllm_gdn_plugin.tuning import case_of
+
+    def fail() -> None:
+        raise ZeroDivisionError("planted")
+
+    said: list[str] = []
+    monkeypatch.setattr(host, "release_workspaces", fail)
+    monkeypatch.setattr(ways, "warn_once", lambda *line: said.append(": ".join(line)))
+    layers = make_layers(4, SHAPES["35B-A3B"], "fp8")
+    times = ways.timed(layers, case_of(facts(layers[0]), 2048, host.gpu()), [1, 16])
+    assert {tokens: sorted(each) for tokens, each in times.items()} == {
+        1: [DUAL_STREAM, NARROW_KERNEL, SERIAL],
+        16: [DUAL_STREAM, SERIAL],
+    }
+    (line,) = said
+    assert line.endswith("not given back: unexpected ZeroDivisionError: planted")
+
+
+def test_a_narrow_kernel_that_fails_is_not_timed_as_what_stands_in_for_it(
+    make_layers: Callable[..., list[Any]], vllm_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin import host, narrow, ways
+    from vllm_gdn_plugin.tuning import case_of
+
+    def fail(*args: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(narrow, "linear", fail)
+    layers = make_layers(4, SHAPES["35B-A3B"], "fp8")
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        ways.timed(layers, case_of(facts(layers[0]), 2048, host.gpu()), [1])
 
 
 def test_dual_stream_that_was_timed_as_slower_runs_serially_in_a_graph(
