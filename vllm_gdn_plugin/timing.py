@@ -1,7 +1,7 @@
 """How GPU work is timed: captured in a CUDA graph, as the engine does, and replayed between two events."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,21 @@ def interleaved(names: list[str], rounds: int, seed: int = 0) -> list[list[str]]
     """The order within each round: shuffled, so that none always follows the same other."""
     generator = random.Random(seed)
     return [generator.sample(names, len(names)) for _ in range(rounds)]
+
+
+def one_after_the_other(
+    step: Callable[[Any, torch.Tensor], Result], layers: Iterable[Any], hidden_states: torch.Tensor
+) -> Result:
+    """Run ``step`` on each layer, and return what it gave for the last one.
+
+    What a step allocates and frees again, a quantised input say, lies elsewhere in each: by its address alone an FP8
+    GEMM takes up to 1.3 times as long (benchmarks/NOTES.md), and an engine's addresses cannot be foretold.
+    """
+    taken = []
+    for layer in layers:
+        result = step(layer, hidden_states)
+        taken.append(torch.empty_like(hidden_states, dtype=torch.uint8))  # as large as an input in FP8
+    return result
 
 
 class CudaTimer:

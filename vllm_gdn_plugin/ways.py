@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from vllm_gdn_plugin.op import (
 )
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, choices_at
 from vllm_gdn_plugin.report import unexpected, warn_once
-from vllm_gdn_plugin.timing import CudaTimer
+from vllm_gdn_plugin.timing import CudaTimer, one_after_the_other
 from vllm_gdn_plugin.tuning import Case, Times
 
 SECONDS = 5.0
@@ -31,7 +32,7 @@ CACHE_FILLS = 4
 
 
 def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
-    """Microseconds of one layer, the median of :data:`ROUNDS` interleaved rounds, each of all layers in one CUDA graph.
+    """Microseconds of one layer, the median of :data:`ROUNDS` interleaved rounds, each of several in one CUDA graph.
 
     Args:
         layers: loaded and alike.
@@ -40,7 +41,8 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     timer = CudaTimer()
     weight_bytes = sum(parameter.nbytes for parameter in layers[0].in_proj_qkvz.parameters())
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    layers = layers[: min(timer.min_layers, max(4, CACHE_FILLS * cache_bytes // weight_bytes))]
+    count = min(timer.min_layers, max(4, CACHE_FILLS * cache_bytes // weight_bytes))
+    turns = list(islice(cycle(layers[:count]), timer.min_layers))
     ways = WAYS[case.ways[0]]
     dtype = getattr(torch, case.qkvz.dtype)
     times: Times = {}
@@ -48,29 +50,24 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     with host.unchanged_stream(), torch.inference_mode():  # the latter as the engine: Dynamo would compile twice
         xs = {n: torch.randn(n, case.hidden_size, dtype=dtype, device="cuda", generator=own) for n in sizes}
         for tokens in (sizes[0], sizes[-1]):  # what vLLM would compile later at any rate is not on our account
-            _all_layers(ways[SERIAL], layers[:1], xs[tokens])
+            ways[SERIAL](layers[0], xs[tokens])
         host.prepare_aux_stream()
         end = time.perf_counter() + SECONDS
         for tokens, x in xs.items():
             if time.perf_counter() > end:
                 break
             prepared = {
-                way: timer.prepare(partial(_all_layers, ways[way], layers, x))[0]
+                way: timer.prepare(partial(one_after_the_other, ways[way], turns, x))[0]
                 for way in choices_at(case.ways, tokens)
             }
             samples = timer.measure(prepared, ROUNDS)
             prepared.clear()  # a graph that ends later could give back the workspace of the next ones
-            times[tokens] = {way: statistics.median(values) / len(layers) for way, values in samples.items()}
+            times[tokens] = {way: statistics.median(values) / len(turns) for way, values in samples.items()}
     try:
         host.release_workspaces()
     except Exception as error:
         warn_once("the memory that timing the layers took is not given back", unexpected(error))
     return times
-
-
-def _all_layers(way: "Way", layers: list[Any], x: torch.Tensor) -> None:
-    for layer in layers:
-        way(layer, x)
 
 
 Way = Callable[[Any, torch.Tensor], object]

@@ -161,6 +161,67 @@ def test_nothing_is_taken_on_a_guess() -> None:
     assert choice(without, bandwidth=1000.0) == "nothing to compare with: it failed"
 
 
+# fp8_addresses.py
+
+
+@needs_bench
+def test_the_gemm_is_called_again_with_one_operand_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fp8_addresses import main
+
+    options = ("--shape", "256,512,16", "--tokens", "1,3", "--places", "2", "--rounds", "1", "--device", "cpu")
+    assert main([*options, "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "fp8-addresses.json").read_text())["rows"]
+    assert [row["tokens"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["gemm"] == "aten.mm.default"
+        assert list(row["us"]) == ["nothing", f"argument 0, bfloat16 {row['tokens']}x256"]
+        assert all(len(by_place) == 2 for by_place in row["us"].values())
+    assert (tmp_path / "fp8-addresses.md").read_text().strip() == capsys.readouterr().out.strip()
+
+
+@needs_bench
+def test_a_moved_call_reads_and_writes_where_it_was_moved() -> None:
+    import torch
+    from fp8_addresses import Call, moved, operands
+
+    weight = torch.randn(8, 4)
+    x, out = torch.randn(3, 16)[:, ::2], torch.empty(3, 4)
+    call = Call(torch.ops.aten.mm.out, (x, weight), {"out": out})
+    assert operands(call, 3) == {"argument 0, float32 3x8": 0}
+    memory = torch.zeros(4096, dtype=torch.uint8)
+    (there,) = moved([call], 0, memory, 512)
+    assert there.arguments[1] is weight
+    assert there.arguments[0].data_ptr() == memory.data_ptr() + 512
+    assert torch.equal(there.arguments[0], x)
+    assert there.arguments[0].stride() == x.stride()
+    there()
+    assert torch.equal(out, x @ weight)
+    (same,) = moved([call], None, memory, 512)
+    assert same.arguments[0] is x
+
+
+@needs_bench
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--shape", "256,512"), "is not hidden,qkvz,ba"),
+        (("--places", "0"), "--places '0' is not"),
+        (("--rounds", "1,2"), "--rounds '1,2' is not one number"),
+    ],
+)
+def test_wrong_addresses_get_one_line(
+    tmp_path: Path, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fp8_addresses import main
+
+    assert main(["--output", str(tmp_path), "--device", "cpu", *options]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert says in told
+
+
 # timeline.py
 
 STOCK = [("norm", 7, 95.0, 5.0), ("wide", 7, 100.0, 20.0), ("narrow", 7, 121.0, 6.0), ("rest", 7, 128.0, 10.0)]

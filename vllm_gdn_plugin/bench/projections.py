@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
 from vllm_gdn_plugin.bench.verify import Outputs, verify
-from vllm_gdn_plugin.timing import CudaTimer
+from vllm_gdn_plugin.timing import CudaTimer, one_after_the_other
 
 SEED = 0
 
@@ -106,10 +107,4 @@ def measure_point(
 
 def through(layers: list[Projections], step: strategies.Step, hidden_states: torch.Tensor) -> Callable[[], Outputs]:
     """All layers, one after the other; the last one's outputs are kept, the others' memory is used again."""
-
-    def work() -> Outputs:
-        for layer in layers:
-            outputs = step(layer, hidden_states)
-        return outputs
-
-    return work
+    return partial(one_after_the_other, step, layers, hidden_states)
