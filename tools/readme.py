@@ -9,6 +9,7 @@ import json
 import re
 import statistics
 import sys
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from textwrap import fill
@@ -20,7 +21,7 @@ from vllm_gdn_plugin.bench.engine.serve import START
 from vllm_gdn_plugin.bench.engine.table import changes, shown
 from vllm_gdn_plugin.bench.engine.variants import OFF
 from vllm_gdn_plugin.bench.report import load
-from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
+from vllm_gdn_plugin.bench.results import Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.table import about_machine
 from vllm_gdn_plugin.contract import GDN_CLASSES
@@ -77,15 +78,14 @@ def results() -> str:
     entry_point = json.loads((RESULTS / "entry_point.json").read_text())
     cost = [sum(pair) for pair in zip(entry_point["import_package"], entry_point["register"], strict=True)]
     worst, where = worst_of_fused(bf16)
-    assert fp8.machine == machine, "see the text below"
-    assert not slower_than_serial(bf16), "see the text below"
-    (slow,) = slower_than_serial(fp8)
+    assert versions(fp8.machine) == versions(machine), "see the text below"
+    assert not slower_than_serial(bf16) + slower_than_serial(fp8), "see the text below"
     narrow = beside_dual_stream(fp8)
-    gain = 100 * (1 - min(ratio for where_, ratio in narrow.items() if where_ != (slow.shape, slow.tokens)))
+    at_8, elsewhere, others = by_address()
     return f"""Time of the two projections of one layer that is saved, stock vLLM's serial projections = 0, median of
 {bf16.rounds} (bf16) or {fp8.rounds} (FP8) interleaved rounds in CUDA graphs, by number of tokens in the batch
-({machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver {machine.driver}; TP 4 are the shapes of one
-rank of four):
+({machine.hardware}, FP8 on one GPU of {fp8.machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver
+{machine.driver}; TP 4 are the shapes of one rank of four):
 
 **bf16 throughout: fused / dual_stream**
 
@@ -98,22 +98,24 @@ rank of four):
 Every number, with its spread: [bf16](benchmarks/results/h200-projections-bfloat16.md),
 [FP8](benchmarks/results/h200-projections-fp8.md). The bad news in there: fused is not always the faster one (at worst
 {worst:.0f} % slower than dual_stream, {where}), and from
-about 128 tokens on, dual_stream hides little in bf16. By median, neither was slower than serial at any size on this GPU
-in bf16, and with FP8 dual_stream at one of {len(fp8.points)} points: {slow.shape.name} at TP
-{slow.shape.tensor_parallel_size} and {slow.tokens} tokens, {-percent(slow, DUAL_STREAM):.1f} %. There `in_proj_qkvz`
-alone takes {us(slow, QKVZ):.1f} us and both serially {us(slow, SERIAL):.1f}: from one CUDA graph to another the same
-FP8 GEMM differs by as much as `in_proj_ba` takes, for a reason that is not known. These are the projections alone, a
-part of a decode step.
+about 128 tokens on, dual_stream hides little in bf16. By median, nothing was slower than serial at any size on this
+GPU.
+These are the projections alone, a part of a decode step.
+
+How long an FP8 GEMM takes depends on where its input lies in memory, whatever runs beside it: at 8 tokens vLLM's takes
+up to {at_8:.2f} times as long at the slowest of 24 addresses as at the fastest, at 1 and 64 tokens up to
+{elsewhere:.2f} times; where its output and its scales lie makes {others:.2f} times at the most ([every
+number](benchmarks/results/h200-fp8-addresses.md), one GPU of {fp8.machine.hardware}). So the input is elsewhere in each
+layer that is timed above. In an engine the addresses are others with the plugin than without it, as after any change.
 
 `narrow_kernel`, the plugin's own kernel for `in_proj_ba`, takes {alone()} of cuBLAS's time alone, at 1 to
 {NARROW_KERNEL_MAX_TOKENS} tokens and with every shape ([every
 number](benchmarks/results/h200-narrow-kernel-few-tokens.md)). Beside an FP8 `in_proj_qkvz` most of that was hidden
 already: it beats dual_stream by more than 1 % at {sum(one < 0.99 for one in narrow.values())} of {len(narrow)} points,
-by {gain:.0f} % at most but for the point above, and loses by more than 1 % at
-{sum(one > 1.01 for one in narrow.values())}; `auto` takes what was faster when
-timed. It should gain more on GPUs on which cuBLAS
-has no good kernel for this shape, such as [the RTX 5090 of vLLM
-#57318](https://github.com/vllm-project/vllm/pull/57318); that has not been measured.
+by {100 * (1 - min(narrow.values())):.0f} % at most, and loses by more than 1 % at
+{sum(one > 1.01 for one in narrow.values())}, by {100 * (max(narrow.values()) - 1):.0f} % at most; `auto` takes what was
+faster when timed. It is meant for GPUs on which cuBLAS has no good kernel for this shape, such as [the RTX 5090 of vLLM
+#57318](https://github.com/vllm-project/vllm/pull/57318); what it gains there has not been measured.
 
 **Whole engines.** {engines()}
 
@@ -133,7 +135,8 @@ In a process that builds no GDN layer the entry point costs {statistics.median(c
 
 def engines() -> str:
     """What whole engines side by side show, and all that their results say against themselves."""
-    whole, awq, moe, fp8 = (served(name) for name in ("27B", "27B-AWQ", "35B-A3B-32-layers", "27B-FP8-16-layers"))
+    whole, awq, moe, fp8 = (served(name) for name in ("27B", "27B-AWQ", "35B-A3B-32-layers", "27B-FP8"))
+    fp8_small, whole_again = served("27B-FP8-16-layers"), served("27B-again")
     moe_again = served("35B-A3B-32-layers-again")
     first, first_fp8, apart = (
         served(f"27B-{name}")
@@ -142,37 +145,50 @@ def engines() -> str:
     by_token, eager = served("27B-FP8-per-token-16-layers"), served("27B-8-layers-eager")
     all_ways, small = served("27B-16-layers-in-process"), served("35B-A3B-16-layers-in-process")
     http, again = served("35B-A3B-16-layers"), served("27B-16-layers-again")
-    runs = (whole, awq, moe, moe_again, fp8, first, first_fp8, apart, by_token, eager, all_ways, small, http)
+    runs = (whole, awq, moe, moe_again, fp8_small, first, first_fp8, apart, by_token, eager, all_ways, small, http)
     assert all(run.machine == whole.machine for run in runs), "see the text below"
+    assert fp8.machine == whole_again.machine == again.machine, "see the text below"
+    assert versions(fp8.machine) == versions(whole.machine), "see the text below"
     assert all("fused at 1 to 512 tokens" in run.said[AUTO] for run in (whole, moe)), "see the text below"
     assert "dual_stream at 1 to 32 tokens, fused at 64 to 512 tokens" in awq.said[AUTO], "see the text below"
-    assert "dual_stream at 1 to 512 tokens" in fp8.said[AUTO], "see the text below"
+    assert "dual_stream at 1 to 512 tokens" in fp8_small.said[AUTO], "see the text below"
+    assert "2 tokens, narrow_kernel at 4 tokens, dual_stream at 8 to 512 tokens" in fp8.said[AUTO], "see the text below"
+    assert "dual_stream at 1 to 16 tokens, fused at 32 to 512 tokens" in whole_again.said[AUTO], "see the text below"
     assert "dual_stream at 1 to 16 tokens, fused at 32 to 512 tokens" in again.said[AUTO], "see the text below"
     assert "no difference" in change(moe_again, "ttft_ms", "1024 in", AUTO), "see the text below"
     assert nothing_shown(eager, FUSED), "see the text below"
     assert nothing_shown(first, AUTO), "see the text below"
     assert nothing_shown(by_token, DUAL_STREAM), "see the text below"
-    slower = ((fp8, AUTO), (first_fp8, AUTO), (apart, DUAL_STREAM))
+    slower = ((fp8_small, AUTO), (first_fp8, AUTO), (apart, DUAL_STREAM))
     assert all("+" in change(run, "ttft_ms", "1024 in", name)[:1] for run, name in slower), "see the text below"
     return f"""Random weights, on one {whole.machine.hardware} (vLLM {whole.machine.vllm}, torch
 {whole.machine.torch}, driver {whole.machine.driver}), without tensor parallelism: an engine of stock and one with
 `auto`, each a process, stepped in turn without a server ([in_process.py](benchmarks/in_process.py)). Time per output
 token (TPOT) after prompts of 8 tokens, with contexts of some 40, and time to the first token (TTFT) of one prompt. Each
 cell: stock's median, then the mean change with `auto` and its 95 % interval over the rounds. The intervals do not
-include how much two starts of the same engine differ. At 8 requests, FP8 gains more than the projections can give: such
-differences are of that size.
+include how much two starts of the same engine differ; with FP8, the addresses above are a part of that.
 
 {beside_stock((whole, awq, moe, fp8))}
 
-In these runs `auto` chose fused at every size for the bf16 models, dual_stream for FP8, and for AWQ, whose GDN layers
-are bf16 as well, dual_stream up to 32 tokens and fused above: in bf16 the two are close at few tokens, and the times
-of one start favour the one, those of another the other. [Another
-run](benchmarks/results/h200-35B-A3B-32-layers-again/serve.md) of Qwen3.5-35B-A3B, with a mix of both, changed TPOT, by
-the medians, by {medians_changed(moe_again, AUTO)}.
+The FP8 engines ran on one GPU of {fp8.machine.hardware}, beside other measurements on the other one. In these runs
+`auto` chose fused at every size for the bf16 models, dual_stream for FP8 (and narrow_kernel at 4 tokens), and for AWQ,
+whose GDN layers are bf16 as well, dual_stream up to 32 tokens and fused above: in bf16 the two are close at few tokens,
+and the times of one start favour the one, those of another the other. From the projections alone, FP8 should gain
+{foretold(fp8, 48)}; what it gains more at 8, and less at 4 and 16, is probably the addresses. Other runs
+changed TPOT, by the medians: [Qwen3.5-35B-A3B](benchmarks/results/h200-35B-A3B-32-layers-again/serve.md), with a mix of
+both, by {medians_changed(moe_again, AUTO)}; [Qwen3.5-27B in bf16](benchmarks/results/h200-27B-again/serve.md), with
+dual_stream up to 16 tokens, by {medians_changed(whole_again, AUTO)}; [FP8, 16
+layers](benchmarks/results/h200-27B-FP8-16-layers/serve.md), before there was narrow_kernel, by
+{medians_changed(fp8_small, AUTO)}.
 
-The bad news in there: steps with more tokens than the largest captured size, 512 here; seen at 1024, not at 8192. There
-the ops are called from Python. With FP8, whose own Python code then runs, too, TTFT of 1024 tokens is longer in three
-of three runs: the one above, and with four layers and all engines bound to two CPUs
+The bad news: TTFT of 8 and 512 tokens scatters by tens of percent on these hosts, and within that nothing can be told.
+In the second run of Qwen3.5-27B in bf16, 8 tokens show {change(whole_again, "ttft_ms", "8 in", AUTO)}, 512
+{change(whole_again, "ttft_ms", "512 in", AUTO)}, while GPU tests ran on the same machine; with FP8, above, both are
+shorter by as much.
+
+And steps with more tokens than the largest captured size, 512 here; seen at 1024, not at 8192. There the ops are called
+from Python. With FP8, whose own Python code then runs, too, TTFT of 1024 tokens is longer in three of four runs: with
+16 layers {change(fp8_small, "ttft_ms", "1024 in", AUTO)}, and with four layers and all engines bound to two CPUs
 {change(first_fp8, "ttft_ms", "1024 in", AUTO)} in
 [one](benchmarks/results/h200-27B-FP8-4-layers-first-tokens/serve.md) and, with dual_stream,
 {change(apart, "ttft_ms", "1024 in", DUAL_STREAM)} in
@@ -194,7 +210,7 @@ changes, by the medians, by {medians_changed(by_token, DUAL_STREAM)}; with the s
 Every strategy beside the others, with 16 layers:
 [Qwen3.5-27B](benchmarks/results/h200-27B-16-layers-in-process/serve.md), where `auto` changes TPOT, by the medians, by
 {medians_changed(all_ways, AUTO)} (in [another run](benchmarks/results/h200-27B-16-layers-again/serve.md) by
-{medians_changed(again, AUTO)}; tests of other engines ran on the machine during its first minute);
+{medians_changed(again, AUTO)}; tests of other engines ran on the machine for a part of the time);
 [Qwen3.5-35B-A3B](benchmarks/results/h200-35B-A3B-16-layers-in-process/serve.md), and
 [driven by `vllm bench serve`](benchmarks/results/h200-35B-A3B-16-layers/serve.md), where `auto` changes TPOT by
 {change(http, "tpot_ms", "concurrency 16", AUTO)} at 16 requests. With so few layers a step of one request probably ends
@@ -203,15 +219,16 @@ request `auto` once showed {change(small, "tpot_ms", "concurrency 1", AUTO)}, du
 {change(small, "tpot_ms", "concurrency 1", DUAL_STREAM)}, and `fused`, which replays the same kernels as `auto` there,
 {change(small, "tpot_ms", "concurrency 1", FUSED)}. With 32 layers, above, neither is seen.
 
-**Memory.** What PyTorch has allocated once an engine has started, with `auto`: {memory_of(whole)} (Qwen3.5-27B),
-{memory_of(awq)} (AWQ), {memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start) and
-{memory_of(moe_again)} (35B-A3B, which timed them), {memory_of(fp8)} (FP8). In these runs timing the ways left cuBLAS a
-workspace for each of two more streams, together 64 MiB on this GPU; the rest is lost to rounding beside the fused
-weights, 1 to 2 MiB a layer. What timing leaves is given back since, and only an engine that overlaps has one of the
-workspaces: {memory_of(again)} ([Qwen3.5-27B, 16 layers, dual_stream at 1 to 16
-tokens](benchmarks/results/h200-27B-16-layers-again/serve.md), one GPU of {again.machine.hardware}). One that fuses at
-every size should have none (not measured since). Where vLLM sizes the KV cache by the memory it finds, it should come
-out of that (not measured: these runs fix the KV cache)."""
+**Memory.** What PyTorch has allocated once an engine has started, with `auto`: {memory_of(fp8)} (FP8, all 64 layers),
+{memory_of(whole_again)} (Qwen3.5-27B in bf16, all 64 layers, dual_stream at 1 to 16 tokens), {memory_of(again)}
+([Qwen3.5-27B, 16 layers, the same](benchmarks/results/h200-27B-16-layers-again/serve.md)), each on one GPU of
+{again.machine.hardware}. An engine that overlaps has a workspace of cuBLAS for the second stream, 32 MiB on this GPU;
+the rest is lost to rounding beside the fused weights, 1 to 2 MiB a layer. An engine that fuses at every size should
+have no workspace more (not measured since). The older runs above had one or two more, which timing left there: it gives
+them back since, where no CUDA graph exists in the process. They had {memory_of(whole)} (Qwen3.5-27B), {memory_of(awq)}
+(AWQ), {memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start), {memory_of(moe_again)} (35B-A3B,
+which timed them), {memory_of(fp8_small)} (FP8, 16 layers). Where vLLM sizes the KV cache by the memory it finds, it
+should come out of that (not measured: these runs fix the KV cache)."""
 
 
 def served(name: str) -> EngineRun:
@@ -248,13 +265,29 @@ MODELS = {
     "27B": "Qwen3.5-27B, bf16, all 64 layers",
     "27B-AWQ": "Qwen3.5-27B, AWQ with GDN layers in bf16, all 64 layers",
     "35B-A3B-32-layers": "Qwen3.5-35B-A3B, bf16, 32 of 40 layers",
-    "27B-FP8-16-layers": "Qwen3.5-27B, FP8 in blocks, 16 of 64 layers",
+    "27B-FP8": "Qwen3.5-27B, FP8 in blocks, all 64 layers",
 }
 
 
 def memory_of(run: EngineRun) -> str:
     (stock,), (ours,) = (run.values("allocated_mib", START, name).values() for name in (OFF, AUTO))
     return f"{stock:.0f} MiB {ours - stock:+.0f} MiB, {100 * (ours / stock - 1):.2f} %"
+
+
+def foretold(run: EngineRun, layers: int) -> str:
+    """What dual_stream saves of the FP8 projections of so many layers, as a share of the engine's steps, in percent."""
+    projections = load(RESULTS / "h200-projections-fp8.json")
+    points = {p.tokens: p for p in projections.points if (p.shape.name, p.shape.tensor_parallel_size) == (SHAPE, 1)}
+    found = []
+    for case in run.cases("tpot_ms"):
+        requests = int(case.removeprefix("concurrency "))
+        saved_us = layers * (us(points[requests], SERIAL) - us(points[requests], DUAL_STREAM))
+        step_ms = statistics.median(run.values("tpot_ms", case, OFF).values())
+        found.append(f"{saved_us / 10 / step_ms:.1f} % at {requests}")
+    return ", ".join(found)
+
+
+SHAPE = "Qwen3.5-27B"
 
 
 def rounds_of(run: EngineRun) -> str:
@@ -303,8 +336,9 @@ python benchmarks/timeline.py record MODEL TRACES --engine '{json.dumps(about["e
 norms whose weight has another dtype than the activations, and the weight of these models' norm is float32. In the
 [traces of engines](benchmarks/results/h200-decode-27B-FP8.md) with the widths of Qwen3.5-27B they are two kernels in
 both: norm, {medians(fp8, "norm")}; quantisation, {medians(fp8, "quantisation")}. From the start of
-the norm to the end of the recurrent kernel: {medians(fp8, WALL)}; beside `in_proj_ba`, the FP8 GEMM
-takes longer ({medians(fp8, "in_proj_qkvz")}). Other FP8 formats have not been traced."""
+the norm to the end of the recurrent kernel: {medians(fp8, WALL)}; of that, the FP8 GEMM
+{medians(fp8, "in_proj_qkvz")}, a difference of the size that its input's address makes. Other FP8 formats have not been
+traced."""
 
 
 def medians(traced: dict[str, Any], label: str) -> str:
@@ -346,12 +380,25 @@ def us(point: Point, strategy: str) -> float:
 
 
 def slower_than_serial(run: Run) -> list[Point]:
-    """Where fused or dual_stream is, by the median."""
-    return [
-        point
-        for point in run.points
-        if any(percent(point, s) < 0 for s in (FUSED, DUAL_STREAM) if s in point.samples_us)
-    ]
+    """Where any strategy is, by the median."""
+    ours = (FUSED, DUAL_STREAM, NARROW_KERNEL)
+    return [point for point in run.points if any(percent(point, s) < 0 for s in ours if s in point.samples_us)]
+
+
+def versions(machine: Machine) -> Machine:
+    """The machine but for what differs from one of its GPUs to the next, and how many it has."""
+    return replace(machine, hardware="", bandwidth_gb_s=None)
+
+
+def by_address() -> tuple[float, float, float]:
+    """The time of an FP8 GEMM at the slowest place over that at the fastest, the most over the shapes: of its input at
+    8 tokens, of its input at other numbers, of its other operands."""
+    most = [0.0, 0.0, 0.0]
+    for row in json.loads((RESULTS / "h200-fp8-addresses.json").read_text())["rows"]:
+        for moved, by_place in row["us"].items():
+            kind = 2 if "float8" not in moved else 0 if row["tokens"] == 8 else 1
+            most[kind] = max(most[kind], max(by_place.values()) / min(by_place.values()))
+    return most[0], most[1], most[2]
 
 
 def beside_dual_stream(run: Run) -> dict[tuple[Shape, int], float]:

@@ -233,6 +233,22 @@ def test_the_narrow_kernel_may_round_otherwise_in_its_own_projection_alone(compu
 # Timing
 
 
+@needs_all
+def test_what_a_step_frees_is_elsewhere_in_the_next_layer() -> None:
+    import torch
+
+    from vllm_gdn_plugin.timing import one_after_the_other
+
+    addresses = []
+
+    def step(layer: int, hidden_states: torch.Tensor) -> int:
+        addresses.append(torch.empty_like(hidden_states, dtype=torch.uint8).data_ptr())
+        return layer
+
+    assert one_after_the_other(step, range(16), torch.empty(8, 512)) == 15
+    assert len(set(addresses)) == 16
+
+
 @needs_torch
 def test_every_round_has_every_strategy_and_the_order_changes() -> None:
     from vllm_gdn_plugin.timing import interleaved
