@@ -14,7 +14,8 @@ NARROW_KERNEL = "narrow_kernel"
 differently from cuBLAS's, so only ``auto`` takes it, where it was timed as faster."""
 
 NARROW_KERNEL_MAX_TOKENS = 8
-"""With 16, it lost at most shapes beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200 (benchmarks/NOTES.md)."""
+"""With 16, it gained nowhere beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200, and lost up to 11 %
+(benchmarks/NOTES.md)."""
 
 STRATEGIES = (FUSED, DUAL_STREAM, SERIAL)
 """What a layer can be run with."""
