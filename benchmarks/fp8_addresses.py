@@ -10,25 +10,24 @@ with torch's bf16 GEMM: `--device cpu --shape 256,512,16`.
 import argparse
 import json
 import random
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
+from shape_command import parser_for_shapes, run_script, shapes_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from vllm_gdn_plugin.bench import quantized, strategies
-from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
+from vllm_gdn_plugin.bench.errors import BadInput
 from vllm_gdn_plugin.bench.machine import describe_machine, require_device
 from vllm_gdn_plugin.bench.projections import SEED, layer_count
 from vllm_gdn_plugin.bench.results import QKVZ, Machine
-from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, count, counts, distinct, preset_shapes, shape_of_text
+from vllm_gdn_plugin.bench.shapes import Shape, count, counts
 from vllm_gdn_plugin.bench.stats import summary
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.table import about_machine, table
@@ -174,31 +173,18 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
-        return run(parsed(arguments), shlex.join(["python", "benchmarks/fp8_addresses.py", *arguments]))
-    except BenchError as wrong:
-        print(f"fp8_addresses.py: {wrong}", file=sys.stderr)
-        return wrong.exit_code
-    except KeyboardInterrupt:
-        print("fp8_addresses.py: interrupted, nothing is written", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_script(
+        "fp8_addresses.py", arguments, lambda command: run(parsed(arguments), command), "nothing is written"
+    )
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, with `shapes`, `tokens`, `places` and `rounds` as values. Raises BadInput."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--preset", default="all", help=f"all, or one of {', '.join(PRESETS)}; default all")
-    parser.add_argument("--shape", metavar="HIDDEN,QKVZ,BA", action="append", help="instead of the preset")
-    parser.add_argument("--tensor-parallel-size", metavar="N,...", default="1")
-    parser.add_argument("--tokens", metavar="N,...", default="1,8,64")
+    parser = parser_for_shapes(__doc__, tensor_parallel_size="1", tokens="1,8,64")
     parser.add_argument("--places", default="24", help="addresses of each operand; default 24")
     parser.add_argument("--rounds", default="6", help="samples at each place; default 6")
     task = parser.parse_args(arguments)
-    whole = distinct(map(shape_of_text, task.shape) if task.shape else preset_shapes(task.preset))
-    sizes = counts("--tensor-parallel-size", task.tensor_parallel_size)
-    task.shapes = [shape.split(size) for shape in whole for size in sizes]
+    task.shapes = shapes_of(task)
     if task.device == "cuda":
         for shape in task.shapes:
             quantized.require_blocks(shape)

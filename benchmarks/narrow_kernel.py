@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,19 +19,19 @@ from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from shape_command import parser_for_shapes, run_script, shapes_of
 from tqdm import tqdm
 
 from vllm_gdn_plugin.bench import quantized, strategies
-from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
+from vllm_gdn_plugin.bench.errors import BadInput
 from vllm_gdn_plugin.bench.machine import describe_machine, require_device
 from vllm_gdn_plugin.bench.projections import SEED, layer_count, through
 from vllm_gdn_plugin.bench.results import QKVZ, Machine
-from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, counts, distinct, preset_shapes, shape_of_text
+from vllm_gdn_plugin.bench.shapes import Shape, count, counts
 from vllm_gdn_plugin.bench.stats import CONFIDENCE, SPREAD, Ratio, paired_ratio, summary
 from vllm_gdn_plugin.bench.strategies import Linear, Projections
 from vllm_gdn_plugin.bench.table import NO_DIFFERENCE, about_machine, table
@@ -283,25 +282,17 @@ def _share(row: Row, name: str, bandwidth: float) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
-        return run(parsed(arguments), shlex.join(["python", "benchmarks/narrow_kernel.py", *arguments]))
-    except BenchError as wrong:
-        print(f"narrow_kernel.py: {wrong}", file=sys.stderr)
-        return wrong.exit_code
-    except KeyboardInterrupt:
-        print("narrow_kernel.py: interrupted; the JSON holds what was measured", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_script(
+        "narrow_kernel.py",
+        arguments,
+        lambda command: run(parsed(arguments), command),
+        "the JSON holds what was measured",
+    )
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     """The options, with `shapes`, `tokens`, `beside` and `rounds` as values. Raises BadInput."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--preset", default="all", help=f"all, or one of {', '.join(PRESETS)}; default all")
-    parser.add_argument("--shape", metavar="HIDDEN,QKVZ,BA", action="append", help="instead of the preset")
-    parser.add_argument("--tensor-parallel-size", metavar="N,...", default="1,4", help="default 1,4")
-    parser.add_argument("--tokens", metavar="N,...", default="1,2,3,4,8,16,32,64,128,256")
+    parser = parser_for_shapes(__doc__, tensor_parallel_size="1,4", tokens="1,2,3,4,8,16,32,64,128,256")
     parser.add_argument(
         "--beside", default=PLAIN, help=f"in_proj_qkvz: {PLAIN} (of the same dtype), {FP8} (needs vLLM), or both"
     )
@@ -314,16 +305,12 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
             raise BadInput(f"--beside {precision!r} is neither {PLAIN} nor {FP8}")
     if FP8 in task.beside and (task.device, task.dtype) != ("cuda", "bfloat16"):
         raise BadInput(f"--beside {FP8} needs --device cuda and --dtype bfloat16")
-    whole = distinct(map(shape_of_text, task.shape) if task.shape else preset_shapes(task.preset))
-    sizes = counts("--tensor-parallel-size", task.tensor_parallel_size)
-    task.shapes = [shape.split(size) for shape in whole for size in sizes]
+    task.shapes = shapes_of(task)
     if FP8 in task.beside:
         for shape in task.shapes:
             quantized.require_blocks(shape)
     task.tokens = counts("--tokens", task.tokens)
-    (task.rounds, *more) = counts("--rounds", task.rounds)
-    if more:
-        raise BadInput("--rounds is not one number")
+    task.rounds = count("--rounds", task.rounds)
     return task
 
 

@@ -1,6 +1,7 @@
 """The scripts of `benchmarks/` that need a GPU for their numbers: all that can be known without one."""
 
 import gzip
+import importlib
 import importlib.util
 import json
 import os
@@ -66,25 +67,38 @@ def test_the_triton_candidates_compute_the_projection(tmp_path: Path) -> None:
 
 @needs_bench
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("name", "options", "says"),
     [
-        (("--preset", "nobody"), "--preset 'nobody' is not known"),
-        (("--beside", "int4"), "--beside 'int4' is neither plain nor fp8"),
-        (("--beside", "fp8"), "--beside fp8 needs --device cuda"),
-        (("--shape", "256,512"), "is not hidden,qkvz,ba"),
-        (("--tokens", "0"), "is not whole numbers"),
-        (("--rounds", "1,2"), "--rounds is not one number"),
+        ("narrow_kernel", ("--preset", "nobody"), "--preset 'nobody' is not known"),
+        ("narrow_kernel", ("--beside", "int4"), "--beside 'int4' is neither plain nor fp8"),
+        ("narrow_kernel", ("--beside", "fp8"), "--beside fp8 needs --device cuda"),
+        ("narrow_kernel", ("--shape", "256,512"), "is not hidden,qkvz,ba"),
+        ("narrow_kernel", ("--tokens", "0"), "is not whole numbers"),
+        ("narrow_kernel", ("--rounds", "1,2"), "--rounds '1,2' is not one number"),
+        ("fp8_addresses", ("--places", "0"), "--places '0' is not"),
+        ("fp8_addresses", ("--rounds", "1,2"), "--rounds '1,2' is not one number"),
     ],
 )
 def test_wrong_options_get_one_line(
-    tmp_path: Path, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, name: str, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from narrow_kernel import main
-
+    main = importlib.import_module(name).main
     assert main(["--output", str(tmp_path), "--device", "cpu", *options]) == 2
     told = capsys.readouterr().err
+    assert told.startswith(f"{name}.py: ")
     assert told.count("\n") == 1
     assert says in told
+
+
+def test_ctrl_c_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    from shape_command import run_script
+
+    def interrupt(command: str) -> int:
+        assert command == "python benchmarks/script.py --tokens '1, 2'"
+        raise KeyboardInterrupt
+
+    assert run_script("script.py", ["--tokens", "1, 2"], interrupt, "nothing is written") == 130
+    assert capsys.readouterr().err == "script.py: interrupted; nothing is written\n"
 
 
 @needs_bench
@@ -200,26 +214,6 @@ def test_a_moved_call_reads_and_writes_where_it_was_moved() -> None:
     assert torch.equal(out, x @ weight)
     (same,) = moved([call], None, memory, 512)
     assert same.arguments[0] is x
-
-
-@needs_bench
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        (("--shape", "256,512"), "is not hidden,qkvz,ba"),
-        (("--places", "0"), "--places '0' is not"),
-        (("--rounds", "1,2"), "--rounds '1,2' is not one number"),
-    ],
-)
-def test_wrong_addresses_get_one_line(
-    tmp_path: Path, options: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from fp8_addresses import main
-
-    assert main(["--output", str(tmp_path), "--device", "cpu", *options]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert says in told
 
 
 # timeline.py
