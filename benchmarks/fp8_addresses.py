@@ -76,11 +76,14 @@ def gemm_of(layer: Projections, shape: Shape, hidden_states: torch.Tensor) -> Ca
     raise BadInput(f"{shape.name}: no op gets the weight of in_proj_qkvz")
 
 
-def operands(call: Call, num_tokens: int) -> dict[str, int]:
-    """What of a call's arguments belongs to the tokens: a name and the argument's number."""
+def operands(call: Call, other: Call) -> dict[str, int]:
+    """What of a call's arguments belongs to the tokens, so has another shape in a call with other tokens: a name and
+    the argument's number. Raises BadInput where one is too large."""
     found = {}
-    for number, argument in enumerate(call.arguments):
-        if isinstance(argument, torch.Tensor) and num_tokens in argument.shape:
+    for number, (argument, with_others) in enumerate(zip(call.arguments, other.arguments, strict=True)):
+        if isinstance(argument, torch.Tensor) and argument.shape != with_others.shape:
+            if argument.untyped_storage().nbytes() > SPAN:
+                raise BadInput(f"an operand of {tuple(argument.shape)} is too large: take fewer tokens")
             dtype = str(argument.dtype).removeprefix("torch.")
             found[f"argument {number}, {dtype} {'x'.join(map(str, argument.shape))}"] = number
     return found
@@ -111,9 +114,8 @@ def moved(calls: list[Call], number: int | None, memory: torch.Tensor, offset: i
     ]
 
 
-def measure_point(timer: Timer, calls: list[Call], num_tokens: int, task: argparse.Namespace) -> Row:
+def measure_point(timer: Timer, calls: list[Call], movable: dict[str, int | None], task: argparse.Namespace) -> Row:
     """Microseconds of one call at each place of each operand; of `nothing` moved as often as there are places."""
-    movable = {NOTHING: None, **operands(calls[0], num_tokens)}
     prepared = {}
     memories = {name: torch.empty(2 * SPAN, dtype=torch.uint8, device=task.device) for name in movable}
     for name, number in movable.items():
@@ -143,9 +145,12 @@ def measure(timer: Timer, task: argparse.Namespace, machine: Machine) -> Iterato
             layers = [first, *(make(shape) for _ in range(at_least - 1))]
             for tokens in task.tokens:
                 hidden_states = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=task.device)
-                first.qkvz(hidden_states)  # what is compiled at the first call is not recorded
+                more = hidden_states.new_zeros((tokens + 1, shape.hidden))
+                for x in (hidden_states, more):
+                    first.qkvz(x)  # what is compiled at the first call is not recorded
                 calls = [gemm_of(layer, shape, hidden_states) for layer in layers]
-                yield {"shape": asdict(shape), "tokens": tokens, **measure_point(timer, calls, tokens, task)}
+                movable = {NOTHING: None, **operands(calls[0], gemm_of(first, shape, more))}
+                yield {"shape": asdict(shape), "tokens": tokens, **measure_point(timer, calls, movable, task)}
                 progress.update()
 
 

@@ -44,10 +44,9 @@ def _project(  # type: ignore[no-untyped-def]
 
 
 def fits(hidden_states: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether :func:`linear` can be called with these."""
+    """Whether :func:`linear` takes these."""
     return (
-        hidden_states.is_cuda
-        and hidden_states.device == weight.device
+        hidden_states.device == weight.device
         and hidden_states.dtype == weight.dtype
         and weight.dtype in DTYPES
         and hidden_states.dim() == weight.dim() == 2
@@ -65,9 +64,14 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         hidden_states: (num_tokens, hidden_size), contiguous.
         weight: (size, hidden_size), contiguous, of the same dtype, one of :data:`DTYPES`; see :func:`fits`.
 
+    Raises ValueError where they do not fit, or what Triton raises.
+
     Returns:
         (num_tokens, size), contiguous, in that dtype.
     """
+    if not fits(hidden_states, weight):
+        told = [f"{t.dtype} {tuple(t.shape)} on {t.device} with strides {t.stride()}" for t in (hidden_states, weight)]
+        raise ValueError(f"no kernel for {' and '.join(told)}")
     num_tokens, hidden_size = hidden_states.shape
     output = hidden_states.new_empty((num_tokens, weight.shape[0]))
     block_tokens = min(MAX_BLOCK_TOKENS, triton.next_power_of_2(num_tokens))
@@ -88,10 +92,9 @@ def linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def prepare(weight: torch.Tensor) -> None:
     """Have the kernel compiled, and loaded, for ``weight`` and each number of tokens: within a capture it cannot be.
 
-    Raises ValueError where it does not fit, or what Triton raises.
+    Raises what :func:`linear` raises.
     """
-    for block_tokens in (1, 2, MAX_BLOCK_TOKENS):
-        hidden_states = weight.new_zeros((block_tokens, weight.shape[-1]))
-        if not fits(hidden_states, weight):
-            raise ValueError(f"no kernel for {weight.device}, {weight.dtype}, {tuple(weight.shape)}, {weight.stride()}")
-        linear(hidden_states, weight)
+    num_tokens = 1
+    while num_tokens <= MAX_BLOCK_TOKENS:
+        linear(weight.new_zeros((num_tokens, weight.shape[-1])), weight)
+        num_tokens *= 2

@@ -69,15 +69,12 @@ def project_ba_narrow(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def project_ba_narrow_or_not(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """``in_proj_ba`` with the plugin's kernel; as the layer has it where that does not fit or fails."""
+    """``in_proj_ba`` with the plugin's kernel; as the layer has it where that fails."""
     try:
-        from vllm_gdn_plugin import narrow
-
-        if narrow.fits(hidden_states, layer.in_proj_ba.weight):
-            return project_ba_narrow(layer, hidden_states)
+        return project_ba_narrow(layer, hidden_states)
     except Exception as error:
         warn_once(f"{NARROW_KERNEL} failed and is left out", unexpected(error))
-    return layer.in_proj_ba(hidden_states)[0]
+        return layer.in_proj_ba(hidden_states)[0]
 
 
 def project_narrow(
@@ -87,8 +84,7 @@ def project_narrow(
     project_ba: Callable[[Any, torch.Tensor], torch.Tensor] = project_ba_narrow_or_not,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`project_apart`, with ``project_ba`` for ``in_proj_ba``, which is enqueued first: by the median over the
-    shapes on an NVIDIA H200 the plugin's kernel is 3 % faster so at 1 token, within 1 % at 2 to 8, and cuBLAS's is
-    slower (benchmarks/NOTES.md)."""
+    shapes on an NVIDIA H200 the plugin's kernel is 3 % faster so at 1 token (benchmarks/NOTES.md)."""
     fork, join, stream = overlap
     if fork is None or join is None:
         return layer.in_proj_qkvz(hidden_states)[0], project_ba(layer, hidden_states)

@@ -14,7 +14,7 @@ NARROW_KERNEL = "narrow_kernel"
 differently from cuBLAS's, so only ``auto`` takes it, where it was timed as faster."""
 
 NARROW_KERNEL_MAX_TOKENS = 8
-"""With 16, it gained nowhere beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200, and lost up to 11 %
+"""With 16, it gained 1 % nowhere beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200, and lost up to 11 %
 (benchmarks/NOTES.md)."""
 
 STRATEGIES = (FUSED, DUAL_STREAM, SERIAL)

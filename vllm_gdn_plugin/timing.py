@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 
 WARM_UP_ROUNDS = 3
+MOST_TAKEN = 2**20
+"""Bytes. PyTorch keeps larger blocks apart from these; at 64 tokens and more, addresses make no difference."""
 
 Result = TypeVar("Result")
 
@@ -23,12 +25,14 @@ def one_after_the_other(
     """Run ``step`` on each layer, and return what it gave for the last one.
 
     What a step allocates and frees again, a quantised input say, lies elsewhere in each: by its address alone an FP8
-    GEMM takes up to 1.3 times as long (benchmarks/NOTES.md), and an engine's addresses cannot be foretold.
+    GEMM of a few tokens takes up to 1.3 times as long (benchmarks/NOTES.md), and an engine's addresses cannot be
+    foretold.
     """
+    size = min(hidden_states.numel(), MOST_TAKEN)  # as large as an input in FP8
     taken = []
     for layer in layers:
         result = step(layer, hidden_states)
-        taken.append(torch.empty_like(hidden_states, dtype=torch.uint8))  # as large as an input in FP8
+        taken.append(torch.empty(size, dtype=torch.uint8, device=hidden_states.device))
     return result
 
 

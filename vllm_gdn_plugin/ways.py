@@ -2,6 +2,7 @@
 
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, islice
@@ -32,6 +33,20 @@ CACHE_FILLS = 4
 
 
 def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
+    """What :func:`_timed` gives; the memory that it took is given back, also where it fails."""
+    try:
+        return _timed(layers, case, sizes)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the graphs
+        raise
+    finally:
+        try:
+            host.release_workspaces()
+        except Exception as error:
+            warn_once("the memory that timing the layers took is not given back", unexpected(error))
+
+
+def _timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     """Microseconds of one layer, the median of :data:`ROUNDS` interleaved rounds, each of several in one CUDA graph.
 
     Args:
@@ -45,10 +60,11 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     turns = list(islice(cycle(layers[:count]), timer.min_layers))
     ways = WAYS[case.ways[0]]
     dtype = getattr(torch, case.qkvz.dtype)
+    device = layers[0].in_proj_ba.weight.device
     times: Times = {}
-    own = torch.Generator("cuda").manual_seed(0)  # the engine samples with the default one
+    own = torch.Generator(device).manual_seed(0)  # the engine samples with the default one
     with host.unchanged_stream(), torch.inference_mode():  # the latter as the engine: Dynamo would compile twice
-        xs = {n: torch.randn(n, case.hidden_size, dtype=dtype, device="cuda", generator=own) for n in sizes}
+        xs = {n: torch.randn(n, case.hidden_size, dtype=dtype, device=device, generator=own) for n in sizes}
         for tokens in (sizes[0], sizes[-1]):  # what vLLM would compile later at any rate is not on our account
             ways[SERIAL](layers[0], xs[tokens])
         host.prepare_aux_stream()
@@ -63,10 +79,6 @@ def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
             samples = timer.measure(prepared, ROUNDS)
             prepared.clear()  # a graph that ends later could give back the workspace of the next ones
             times[tokens] = {way: statistics.median(values) / len(turns) for way, values in samples.items()}
-    try:
-        host.release_workspaces()
-    except Exception as error:
-        warn_once("the memory that timing the layers took is not given back", unexpected(error))
     return times
 
 

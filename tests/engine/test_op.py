@@ -1,5 +1,6 @@
 """The ops in vLLM's and PyTorch's own terms: schema, fake, and what a compiled stack of layers is made of."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -192,9 +193,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stands in for the module of the narrow kernel, which needs Triton: its results are twice what they should be."""
     import vllm_gdn_plugin
 
-    module = SimpleNamespace(
-        fits=lambda x, weight: True, linear=lambda x, weight: 2 * torch.nn.functional.linear(x, weight)
-    )
+    module = SimpleNamespace(linear=lambda x, weight: 2 * torch.nn.functional.linear(x, weight))
     monkeypatch.setattr(vllm_gdn_plugin, "narrow", module, raising=False)
     return module
 
@@ -225,7 +224,8 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
         monkeypatch.setattr(op, "fork_and_join", lambda *args: (event("fork"), event("join"), "the stream"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
     monkeypatch.setattr(op, "maybe_execute_in_parallel", lambda one, other, *events: (one(), other()))
-    monkeypatch.setattr(narrow, "fits", lambda x, weight: fits)
+    if not fits:
+        monkeypatch.setattr(narrow, "linear", lambda x, weight: int("no"))
     x = torch.randn(TOKENS, HIDDEN)
     want = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
     for linear in ("qkvz", "ba"):
@@ -239,9 +239,8 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
     assert done == (order if taken else ["qkvz", "ba"])
 
 
-@pytest.mark.parametrize("step", ["fits", "linear"])
 def test_a_narrow_kernel_that_fails_is_replaced_by_the_projection_and_said_once(
-    layers: Callable[[int], list[str]], warnings: list[str], narrow: Any, step: str, monkeypatch: pytest.MonkeyPatch
+    layers: Callable[[int], list[str]], warnings: list[str], narrow: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm_gdn_plugin import op
 
@@ -252,7 +251,7 @@ def test_a_narrow_kernel_that_fails_is_replaced_by_the_projection_and_said_once(
     def fail(*args: Any) -> Any:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(narrow, step, fail)
+    monkeypatch.setattr(narrow, "linear", fail)
     for _ in range(3):
         qkvz, ba = op.project_narrow(layer, x, op.SERIALLY)
         assert torch.equal(qkvz, layer.in_proj_qkvz(x)[0])
@@ -367,3 +366,85 @@ def test_layers_share_their_artifacts(layers: Callable[[int], list[str]]) -> Non
     }
     assert counts[4][0] == counts[8][0]
     assert counts[8][1] - counts[4][1] == 4
+
+
+class Stopwatch:
+    """In place of CudaTimer: runs the work once, and says how long it took as 16 us a layer."""
+
+    min_layers = 16
+
+    def prepare(self, work: Callable[[], Any]) -> tuple[Any, Any]:
+        return None, work()
+
+    def measure(self, prepared: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+        return {name: [16.0 * self.min_layers] * rounds for name in prepared}
+
+
+@pytest.fixture
+def timing(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module that times, on a CPU."""
+    from vllm_gdn_plugin import ways
+
+    monkeypatch.setattr(ways, "CudaTimer", Stopwatch)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
+    monkeypatch.setattr(ways.host, "unchanged_stream", nullcontext)
+    for name in ("prepare_aux_stream", "release_workspaces"):
+        monkeypatch.setattr(ways.host, name, lambda: None)
+    return ways
+
+
+def case_of_two_streams() -> Any:
+    from vllm_gdn_plugin.plan import ProjectionFacts
+    from vllm_gdn_plugin.tuning import Case
+
+    one = ProjectionFacts("UnquantizedLinearMethod", "float32", 1)
+    return Case("a GPU", "", "", "", "", HIDDEN, one, one, "", False, ("dual_stream", "serial"))
+
+
+def test_what_is_timed_is_as_many_layers_as_a_graph_needs_each_at_other_addresses(
+    layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin import op
+
+    made = [op.host.layer_by_name(name) for name in layers(6)]
+    ran: list[tuple[Any, int]] = []
+
+    def record(layer: Any, hidden_states: torch.Tensor) -> None:
+        ran.append((layer, torch.empty_like(hidden_states, dtype=torch.uint8).data_ptr()))
+
+    monkeypatch.setitem(timing.WAYS, "dual_stream", {"dual_stream": record, "serial": lambda layer, x: None})
+    times = timing.timed(made, case_of_two_streams(), [4, 64])
+    assert times == {tokens: {"dual_stream": 16.0, "serial": 16.0} for tokens in (4, 64)}
+    assert len(ran) == 2 * 16
+    for graph in (ran[:16], ran[16:]):
+        assert [layer for layer, _ in graph] == 4 * made[:4], "no more than fill the cache, in turn"
+        assert len({address for _, address in graph}) == 16
+
+
+def test_timing_that_fails_gives_back_its_memory(
+    layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin import op
+
+    class Graph:
+        """What is captured, and takes memory as long as anything refers to it."""
+
+    graphs: list[Any] = []
+    held: list[bool] = []
+
+    def prepare(timer: Any, work: Callable[[], Any]) -> tuple[Any, Any]:
+        graph = Graph()
+        graphs.append(weakref.ref(graph))
+        return graph, None
+
+    def measure(timer: Any, prepared: dict[str, Any], rounds: int) -> Any:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(Stopwatch, "prepare", prepare)
+    monkeypatch.setattr(Stopwatch, "measure", measure)
+    monkeypatch.setattr(timing.host, "release_workspaces", lambda: held.extend(graph() is not None for graph in graphs))
+    made = [op.host.layer_by_name(name) for name in layers(2)]
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        timing.timed(made, case_of_two_streams(), [4])
+    assert held == [False, False]

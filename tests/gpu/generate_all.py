@@ -13,7 +13,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_gdn_plugin import tuning
 from vllm_gdn_plugin.plan import NARROW_KERNEL, choices_at
 
 STRATEGIES = ("stock", "dual_stream", "fused", "auto")
@@ -29,18 +28,35 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    results: dict[str, Any] = {}
     if options.narrow_kernel:
-        tuning.fastest = narrowest
-    results = {}
+        results["captured"] = take_narrow_kernel()
     for strategy in STRATEGIES:
         install(strategy)
         results[strategy] = generate(options)
         options.output.write_text(json.dumps(results))
 
 
-def narrowest(times: tuning.Times, ways: tuple[str, ...]) -> dict[int, str]:
-    """In place of `fastest`."""
-    return {tokens: NARROW_KERNEL if NARROW_KERNEL in choices_at(ways, tokens) else ways[0] for tokens in times}
+def take_narrow_kernel() -> list[int]:
+    """Have `auto` take it wherever it may. Returns the numbers of tokens with which it is captured after that."""
+    import torch
+
+    from vllm_gdn_plugin import narrow, tuning
+
+    captured: list[int] = []
+    linear = narrow.linear
+
+    def watched(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            captured.append(len(hidden_states))
+        return linear(hidden_states, weight)
+
+    def narrowest(times: tuning.Times, ways: tuple[str, ...]) -> dict[int, str]:
+        captured.clear()  # by then the ways have been timed, in graphs of their own
+        return {tokens: NARROW_KERNEL if NARROW_KERNEL in choices_at(ways, tokens) else ways[0] for tokens in times}
+
+    narrow.linear, tuning.fastest = watched, narrowest
+    return captured
 
 
 def install(strategy: str) -> None:

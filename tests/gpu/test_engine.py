@@ -82,6 +82,7 @@ def test_each_strategy_was_at_work(generated: Any) -> None:
         assert "dual_stream on 3 of 3 GDN layers (platform cuda" in generated["log"]
         assert "; in CUDA graphs narrow_kernel at 1 to 8 tokens, dual_stream at 16" in generated["log"]
         assert "is left out" not in generated["log"]
+        assert {1, 2, 4, 8} <= set(generated["captured"]), "in the engine's own graphs"
         return
     assert "fused on 3 of 3 GDN layers (platform cuda" in generated["log"]
     assert ("Qwen3NextMTP" in generated["log"]) == (generated["mode"] == "mtp")

@@ -199,6 +199,16 @@ def test_the_last_bit_counts_where_the_kernels_are_the_same(computed: Any, strat
         verify(outputs, exact)
 
 
+@pytest.mark.parametrize(("strategy", "count"), [(DUAL_STREAM, 1), (DUAL_STREAM, 3), (QKVZ, 0), (QKVZ, 2)])
+def test_a_strategy_gives_as_many_outputs_as_it_should(computed: Any, strategy: str, count: int) -> None:
+    from vllm_gdn_plugin.bench.verify import verify
+
+    outputs, exact = computed
+    outputs[strategy] = (2 * outputs[SERIAL])[:count]
+    with pytest.raises(ValueError, match="zip"):
+        verify(outputs, exact)
+
+
 def test_fused_may_round_otherwise_but_not_worse(computed: Any) -> None:
     from vllm_gdn_plugin.bench.verify import verify
 

@@ -200,10 +200,15 @@ def test_a_moved_call_reads_and_writes_where_it_was_moved() -> None:
     import torch
     from fp8_addresses import Call, moved, operands
 
-    weight = torch.randn(8, 4)
-    x, out = torch.randn(3, 16)[:, ::2], torch.empty(3, 4)
+    from vllm_gdn_plugin.bench.errors import BadInput
+
+    weight = torch.randn(8, 3)
+    x, out = torch.randn(3, 16)[:, ::2], torch.empty(3, 3)
     call = Call(torch.ops.aten.mm.out, (x, weight), {"out": out})
-    assert operands(call, 3) == {"argument 0, float32 3x8": 0}
+    more = Call(call.function, (torch.randn(4, 8), weight), {})
+    assert operands(call, more) == {"argument 0, float32 3x8": 0}, "not the weight, whatever its shape"
+    with pytest.raises(BadInput, match="too large: take fewer tokens"):
+        operands(Call(call.function, (torch.empty(2**23, 2), weight), {}), more)
     memory = torch.zeros(4096, dtype=torch.uint8)
     (there,) = moved([call], 0, memory, 512)
     assert there.arguments[1] is weight

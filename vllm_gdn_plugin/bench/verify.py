@@ -30,14 +30,16 @@ def verify(outputs: Mapping[str, Outputs], reference: Sequence[torch.Tensor | No
     Raises:
         WrongResult: naming the strategy and the projection.
     """
-    for name in (name for name in outputs if name != SERIAL):
+    for name, found in outputs.items():
+        if name == SERIAL:
+            continue
         exact: Sequence[torch.Tensor | None] = (None, None)
         if name in (FUSED, NARROW_KERNEL):
             if reference is None:
                 raise ValueError(f"{name} needs a reference")
             exact = reference
         computed = PROJECTIONS[:1] if name == QKVZ else PROJECTIONS
-        for number, (projection, one) in enumerate(zip(computed, outputs[name], strict=True)):
+        for number, (projection, one) in enumerate(zip(computed, found, strict=True)):
             other, wanted = outputs[SERIAL][number], exact[number]
             why = _not_bit_equal(one, other) if wanted is None else _not_exact(one, other, wanted)
             if why:
