@@ -26,7 +26,7 @@ Times = dict[int, dict[str, float]]
 
 MARGINS = {FUSED: 0.01, DUAL_STREAM: 0.03}
 """Share of its time by which another way has to beat the planned one: graphs of the same work differ by so much, more
-beside a quantised projection, whose input lies elsewhere in each (benchmarks/NOTES.md)."""
+where a projection is quantised, whose input lies elsewhere in each (benchmarks/NOTES.md)."""
 
 
 @dataclass(frozen=True)
