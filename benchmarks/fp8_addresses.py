@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from shape_command import parser_for_shapes, run_script, shapes_of
+from shape_command import parser_for_shapes, run_script, shapes_of, written_below
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -202,8 +202,7 @@ def run(task: argparse.Namespace, command: str) -> int:
     require_device(task.device)
     path = task.output / "fp8-addresses.json"
     machine = describe_machine(task.device)
-    try:
-        task.output.mkdir(parents=True, exist_ok=True)
+    with written_below(task.output):
         result = {
             "command": command,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -215,8 +214,6 @@ def run(task: argparse.Namespace, command: str) -> int:
         path.write_text(json.dumps(result) + "\n")
         text = markdown(result)
         path.with_suffix(".md").write_text(text + "\n")
-    except OSError as failure:
-        raise BadInput(f"--output {task.output} cannot be written: {failure.strerror}") from failure
     print(text)
     return 0
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from shape_command import parser_for_shapes, run_script, shapes_of
+from shape_command import parser_for_shapes, run_script, shapes_of, written_below
 from tqdm import tqdm
 
 from vllm_gdn_plugin.bench import quantized, strategies
@@ -332,13 +332,10 @@ def run(task: argparse.Namespace, command: str) -> int:
         result["rows"].append(row)
         path.write_text(json.dumps(result) + "\n")
 
-    try:
-        task.output.mkdir(parents=True, exist_ok=True)
+    with written_below(task.output):
         measure(CudaTimer() if task.device == "cuda" else CpuTimer(), task, machine, save)
         text = markdown(result)
         path.with_suffix(".md").write_text(text)
-    except OSError as failure:
-        raise BadInput(f"--output {task.output} cannot be written: {failure.strerror}") from failure
     print(text)
     return 0
 

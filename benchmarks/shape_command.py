@@ -1,12 +1,13 @@
-"""What the scripts have in common that measure shape after shape: their options, and how they end early."""
+"""What the scripts that measure shape after shape share: their options, where they write, and how they end early."""
 
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BenchError
+from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
 from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, counts, distinct, preset_shapes, shape_of_text
 
 
@@ -28,6 +29,16 @@ def shapes_of(options: argparse.Namespace) -> list[Shape]:
     whole = distinct(map(shape_of_text, options.shape) if options.shape else preset_shapes(options.preset))
     sizes = counts("--tensor-parallel-size", options.tensor_parallel_size)
     return [shape.split(size) for shape in whole for size in sizes]
+
+
+@contextmanager
+def written_below(directory: Path) -> Iterator[None]:
+    """Make the directory for what is written in the body. Raises BadInput where either cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as failure:
+        raise BadInput(f"--output {directory} cannot be written: {failure.strerror}") from failure
 
 
 def run_script(name: str, arguments: Sequence[str], run: Callable[[str], int], interrupted: str) -> int:

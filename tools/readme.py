@@ -81,7 +81,7 @@ def results() -> str:
     assert versions(fp8.machine) == versions(machine), "see the text below"
     assert not slower_than_serial(bf16) + slower_than_serial(fp8), "see the text below"
     narrow = beside_dual_stream(fp8)
-    at_8, elsewhere, others = by_address()
+    at_8, elsewhere, others, places = by_address()
     return f"""Time of the two projections of one layer that is saved, stock vLLM's serial projections = 0, median of
 {bf16.rounds} (bf16) or {fp8.rounds} (FP8) interleaved rounds in CUDA graphs, by number of tokens in the batch
 ({machine.hardware}, FP8 on one GPU of {fp8.machine.hardware}, torch {machine.torch}, vLLM {machine.vllm}, driver
@@ -102,13 +102,14 @@ about 128 tokens on, dual_stream hides little in bf16. By median, nothing was sl
 GPU.
 These are the projections alone, a part of a decode step.
 
-How long an FP8 GEMM takes depends on where its input lies in memory: at 8 tokens vLLM's takes
-up to {at_8:.2f} times as long at the slowest of 24 addresses as at the fastest, at 1 and 64 tokens up to
-{elsewhere:.2f} times; where its output and its scales lie makes {others:.2f} times at the most ([every
+How long an FP8 GEMM takes depends on where its input lies in memory: at 8 tokens vLLM's takes up to {at_8:.2f} times as
+long at the slowest of {places} addresses as at the fastest, at 1 and 64 tokens up to {elsewhere:.2f} times; where its
+output and its scales lie makes {others:.2f} times at the most ([every
 number](benchmarks/results/h200-fp8-addresses.md), one GPU of {fp8.machine.hardware}). So the input is elsewhere in each
-layer that is timed above; graphs of the same work still differ by up to 3 % at 2 and 8 tokens (at one point 6) and 5 %
-at 16, which the spreads do not contain. In an engine the addresses are others with the plugin than without it, as after
-any change.
+layer that is timed above. Graphs of the same work still differ, which the spreads above do not contain: with FP8 by up
+to {same_work("fp8")}, in bf16 by up to {same_work("bf16")} ([eight graphs of
+each](benchmarks/results/h200-same-work.json)). In an engine the addresses are others with the plugin than without it,
+as after any change.
 
 `narrow_kernel`, the plugin's own kernel for `in_proj_ba`, takes {alone()} of cuBLAS's time alone, at 1 to
 {NARROW_KERNEL_MAX_TOKENS} tokens and with every shape ([every
@@ -181,9 +182,8 @@ tokens). From the projections alone, Qwen3.5-27B should gain in bf16
 with FP8 {foretold(fp8, "fp8", DUAL_STREAM)}. So in these engines fused gained more and
 dual_stream less, which is not explained; [where both were in one
 run](benchmarks/results/h200-27B-16-layers-in-process/serve.md), dual_stream was ahead by 0.1 to 0.4 % of TPOT at 1 to 8
-requests. What FP8 gains too
-much at 8
-requests is of the size that addresses make. Other runs changed TPOT, by the medians:
+requests. What FP8 gains too much at 8 requests is of the size that addresses make. Other runs changed TPOT, by the
+medians:
 [Qwen3.5-35B-A3B](benchmarks/results/h200-35B-A3B-32-layers-again/serve.md), with a mix of both, by
 {medians_changed(moe_again, AUTO)}; [FP8, 16 layers](benchmarks/results/h200-27B-FP8-16-layers/serve.md), before there
 was narrow_kernel, by {medians_changed(fp8_small, AUTO)}.
@@ -395,15 +395,26 @@ def versions(machine: Machine) -> Machine:
     return replace(machine, hardware="", bandwidth_gb_s=None)
 
 
-def by_address() -> tuple[float, float, float]:
+def by_address() -> tuple[float, float, float, int]:
     """The time of an FP8 GEMM at the slowest place over that at the fastest, the most over the shapes: of its input at
-    8 tokens, of its input at other numbers, of its other operands."""
+    8 tokens, of its input at other numbers, of its other operands; and how many places there were."""
     most = [0.0, 0.0, 0.0]
-    for row in json.loads((RESULTS / "h200-fp8-addresses.json").read_text())["rows"]:
+    result = json.loads((RESULTS / "h200-fp8-addresses.json").read_text())
+    for row in result["rows"]:
         for moved, by_place in row["us"].items():
             kind = 2 if "float8" not in moved else 0 if row["tokens"] == 8 else 1
             most[kind] = max(most[kind], max(by_place.values()) / min(by_place.values()))
-    return most[0], most[1], most[2]
+    return most[0], most[1], most[2], result["places"]
+
+
+def same_work(in_proj_qkvz: str) -> str:
+    """How much the times of graphs of the same work differ at the most, for each number of tokens."""
+    rows = json.loads((RESULTS / "h200-same-work.json").read_text())["rows"]
+    most: dict[int, float] = {}
+    for row in rows:
+        if row["in_proj_qkvz"] == in_proj_qkvz:
+            most[row["tokens"]] = max(most.get(row["tokens"], 0.0), max(row["us"]) / min(row["us"]))
+    return ", ".join(f"{100 * (ratio - 1):.0f} % at {tokens}" for tokens, ratio in most.items()) + " tokens"
 
 
 def beside_dual_stream(run: Run) -> dict[tuple[Shape, int], float]:

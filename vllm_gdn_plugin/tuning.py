@@ -162,7 +162,7 @@ class Tuner:
             try:  # after all cases: the timing of one gives back what another has prepared
                 host.prepare_aux_stream()
             except Exception as error:
-                warn_once(UNTIMED, unexpected(error))
+                warn_once("the second stream's workspace is left to the first capture", unexpected(error))
         return "; ".join(phrases)
 
 

@@ -198,7 +198,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("runs", [True, False])
 @pytest.mark.parametrize("overlaps", [True, False])
 @pytest.mark.parametrize("tuned", [{TOKENS: "narrow_kernel"}, {TOKENS: "dual_stream"}, {TOKENS + 1: "narrow_kernel"}])
 def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_overlaps(
@@ -206,7 +206,7 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
     narrow: Any,
     tuned: dict[int, str],
     overlaps: bool,
-    fits: bool,
+    runs: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is enqueued first, on the auxiliary stream, and fork and join are where they belong."""
@@ -224,7 +224,7 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
         monkeypatch.setattr(op, "fork_and_join", lambda *args: (event("fork"), event("join"), "the stream"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
     monkeypatch.setattr(op, "maybe_execute_in_parallel", lambda one, other, *events: (one(), other()))
-    if not fits:
+    if not runs:
         monkeypatch.setattr(narrow, "linear", lambda x, weight: int("no"))
     x = torch.randn(TOKENS, HIDDEN)
     want = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
@@ -233,8 +233,8 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
     qkvz, ba = call("dual_stream", name, x)
     taken = overlaps and tuned.get(TOKENS) == "narrow_kernel"
     assert torch.equal(qkvz, want[0])
-    assert torch.equal(ba, 2 * want[1] if taken and fits else want[1])
-    inside = [] if fits else ["ba"]
+    assert torch.equal(ba, 2 * want[1] if taken and runs else want[1])
+    inside = [] if runs else ["ba"]
     order = ["fork.record", "the stream", "fork.wait", *inside, "join.record", "qkvz", "join.wait"]
     assert done == (order if taken else ["qkvz", "ba"])
 

@@ -77,6 +77,8 @@ def test_the_triton_candidates_compute_the_projection(tmp_path: Path) -> None:
         ("narrow_kernel", ("--rounds", "1,2"), "--rounds '1,2' is not one number"),
         ("fp8_addresses", ("--places", "0"), "--places '0' is not"),
         ("fp8_addresses", ("--rounds", "1,2"), "--rounds '1,2' is not one number"),
+        ("same_work", ("--graphs", "none"), "--graphs 'none' is not"),
+        ("same_work", ("--quantization", "fp8"), "--quantization fp8 needs --device cuda"),
     ],
 )
 def test_wrong_options_get_one_line(
@@ -219,6 +221,35 @@ def test_a_moved_call_reads_and_writes_where_it_was_moved() -> None:
     assert torch.equal(out, x @ weight)
     (same,) = moved([call], None, memory, 512)
     assert same.arguments[0] is x
+
+
+# same_work.py
+
+
+@needs_bench
+def test_the_same_work_is_timed_in_several_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from same_work import main
+
+    options = ("--shape", "256,512,16", "--tokens", "1,3", "--graphs", "3", "--rounds", "1", "--device", "cpu")
+    assert main([*options, "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "same-work.json").read_text())["rows"]
+    assert [(row["tokens"], row["way"]) for row in rows] == [
+        (tokens, way) for tokens in (1, 3) for way in ("serial", "dual_stream", "qkvz", "fused")
+    ]
+    assert all(len(row["us"]) == 3 for row in rows)
+    assert any(len(set(row["us"])) > 1 for row in rows), "each graph has a time of its own"
+    assert capsys.readouterr().out.count("\n") == len(rows)
+
+
+@needs_bench
+@pytest.mark.parametrize("name", ["fp8_addresses", "narrow_kernel", "same_work"])
+def test_a_directory_that_cannot_be_made_gets_one_line(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    options = ("--shape", "256,512,16", "--device", "cpu", "--output", str(tmp_path / "file" / "below"))
+    assert importlib.import_module(name).main(options) == 2
+    assert capsys.readouterr().err == f"{name}.py: --output {tmp_path}/file/below cannot be written: Not a directory\n"
 
 
 # timeline.py

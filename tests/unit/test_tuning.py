@@ -392,6 +392,21 @@ def test_whatever_fails_the_plan_stands_and_a_line_says_why(
     assert set(engine.said) == {(tuning.UNTIMED, "unexpected ZeroDivisionError: planted")}
 
 
+def test_where_the_second_stream_cannot_be_prepared_the_times_stand_and_a_line_says_so(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(host, "prepare_aux_stream", fail)
+    layers = engine.layers(2)
+    assert engine.tuner.run(layers[-1]).startswith("dual_stream at 1 to 4 tokens (timed in ")
+    assert layers[0].gdn_tuned == dict.fromkeys((1, 2, 4), DUAL_STREAM)
+    ((what, why),) = engine.said
+    assert "left to the first capture" in what
+    assert why == "unexpected ZeroDivisionError: planted"
+
+
 def test_a_directory_that_cannot_be_written_costs_the_next_start_its_times(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
