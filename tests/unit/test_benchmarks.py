@@ -243,7 +243,7 @@ def test_the_same_work_is_timed_in_several_graphs(tmp_path: Path, capsys: pytest
 
 @needs_bench
 @pytest.mark.parametrize("name", ["fp8_addresses", "narrow_kernel", "same_work"])
-def test_a_directory_that_cannot_be_made_gets_one_line(
+def test_an_output_that_cannot_be_made_gets_one_line(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
