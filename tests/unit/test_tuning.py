@@ -21,7 +21,18 @@ from vllm_gdn_plugin.checkpoint import digest
 from vllm_gdn_plugin.overlap import UNQUANTIZED
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, LayerFacts, ProjectionFacts
 from vllm_gdn_plugin.plan import NARROW_KERNEL_MAX_TOKENS as MOST
-from vllm_gdn_plugin.tuning import MARGINS, Case, Times, Tuner, case_of, described, fastest, keep, recall
+from vllm_gdn_plugin.tuning import (
+    MARGINS,
+    Case,
+    Times,
+    Tuner,
+    case_of,
+    described,
+    fastest,
+    keep,
+    recall,
+    without_narrow_kernel,
+)
 
 BF16 = ProjectionFacts(UNQUANTIZED, "bfloat16", 12288)
 BA = replace(BF16, output_size=64)
@@ -447,3 +458,10 @@ def test_layers_of_another_quantisation_are_another_case(engine: Engine) -> None
     """compressed-tensors, say, has one linear method for every precision."""
     cases = [case_of(replace(FACTS, quantization=digest({"bits": bits})), 2048, "NVIDIA H200") for bits in (4, 8)]
     assert cases[0] != cases[1]
+
+
+def test_layers_of_a_batch_invariant_engine_are_another_case(engine: Engine) -> None:
+    """Its linear layers run other kernels, and what is left to choose from can be the same without the narrow kernel."""
+    cases = [case_of(replace(MIXED_FACTS, batch_invariant=on), 2048, "NVIDIA H200") for on in (False, True)]
+    assert without_narrow_kernel(cases[0]).ways == cases[1].ways
+    assert without_narrow_kernel(cases[0]) != cases[1]
