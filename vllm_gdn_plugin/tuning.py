@@ -25,8 +25,8 @@ Times = dict[int, dict[str, float]]
 """Microseconds for one layer, by number of tokens and by way."""
 
 MARGINS = {FUSED: 0.01, DUAL_STREAM: 0.03}
-"""Share of its time by which another way has to beat the planned one: graphs of the same work differ by so much, more
-where a projection is quantised, whose input lies elsewhere in each (benchmarks/NOTES.md)."""
+"""Share of its time by which another way has to beat the planned one: graphs of the same work differ by so much at
+most points, more where a projection is quantised, whose input lies elsewhere in each (benchmarks/NOTES.md)."""
 
 
 @dataclass(frozen=True)

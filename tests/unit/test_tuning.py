@@ -461,7 +461,7 @@ def test_layers_of_another_quantisation_are_another_case(engine: Engine) -> None
 
 
 def test_layers_of_a_batch_invariant_engine_are_another_case(engine: Engine) -> None:
-    """Its linear layers run other kernels, and what is left to choose from can be the same without the narrow kernel."""
+    """Its layers run other kernels, and without the narrow kernel there may be the same ways to choose from."""
     cases = [case_of(replace(MIXED_FACTS, batch_invariant=on), 2048, "NVIDIA H200") for on in (False, True)]
     assert without_narrow_kernel(cases[0]).ways == cases[1].ways
     assert without_narrow_kernel(cases[0]) != cases[1]
