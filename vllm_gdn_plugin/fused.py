@@ -1,4 +1,4 @@
-"""One storage behind both projections' weights, so that one GEMM gives both results."""
+"""One weight behind both projections', so that one GEMM gives both results."""
 
 import weakref
 from typing import Any
@@ -15,7 +15,21 @@ the row stride is divisible by 16."""
 SAME = 0.01
 """Two results of the same weights in bf16 differ by less than this share of their norm."""
 
+ROUNDED_TO, ROUNDED_FROM = 2 * 2**20, 10 * 2**20
+"""Bytes: PyTorch's CUDA allocator takes more than the second from the GPU by multiples of the first. Of what is over,
+no other weight is given a part: vLLM loads with ``max_split_size_mb:20``."""
+
+MAX_ALLOCATION = 512 * 2**20
+"""Bytes that are allocated at once for more than one layer, at the most."""
+
 _latest: "weakref.ref[FusedProjections] | None" = None
+
+
+def layers_per_allocation(size: int, device: torch.device) -> int:
+    """For how many layers to allocate at once, that of ``size`` bytes each the least be lost to rounding."""
+    if device.type != "cuda" or size <= ROUNDED_FROM:
+        return 1
+    return min(range(1, max(MAX_ALLOCATION // size, 1) + 1), key=lambda count: -count * size % ROUNDED_TO / count)
 
 
 def release_replaced() -> None:
@@ -29,10 +43,37 @@ def release_replaced() -> None:
         latest.replaced = None
 
 
+class Allocation:
+    """Weights of one shape for several layers, of which each new layer is given the next."""
+
+    def __init__(self, shape: tuple[int, int], like: torch.Tensor, layers: int) -> None:
+        self.shape, self.like = shape, (like.dtype, like.device)
+        self.layers = layers
+        self.left = list(torch.zeros((layers, *shape), dtype=like.dtype, device=like.device))
+        self.held_by: weakref.WeakSet[FusedProjections] = weakref.WeakSet()
+        self.final = False
+
+    def __deepcopy__(self, memo: Any) -> "Allocation":
+        return self  # a copy of a layer has weights of its own, and no part of this
+
+    def fits(self, shape: tuple[int, int], like: torch.Tensor) -> bool:
+        return not self.final and bool(self.left) and (self.shape, self.like) == (shape, (like.dtype, like.device))
+
+    def finish(self) -> None:
+        """Called when loading is done: without what no layer came for, or a loader has replaced."""
+        kept = [each for each in self.held_by if each._is_in_place()]
+        if not self.final and kept and len(kept) < self.layers:
+            exact = Allocation(self.shape, kept[0].weight, len(kept))
+            for each in kept:
+                each._move(exact)
+            exact.final = True
+        self.left, self.final = [], True
+
+
 class FusedProjections:
     """Stands in for one linear layer whose weight holds ``in_proj_qkvz`` above ``in_proj_ba``.
 
-    Both parameters keep their objects, shapes and loaders; their data become row blocks of one storage, so that
+    Both parameters keep their objects, shapes and loaders; their data become row blocks of one weight, so that
     whatever is written into them (a loader, a reload, a refit) is what the one GEMM reads.
 
     Args:
@@ -44,21 +85,33 @@ class FusedProjections:
         self.sizes = (qkvz.weight.shape[0], ba.weight.shape[0])
         rows = -sum(self.sizes) % ROW_ALIGNMENT + sum(self.sizes)
         self.padding = rows - sum(self.sizes)
-        weight = qkvz.weight
-        storage = torch.zeros((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device)
-        blocks = storage.split([*self.sizes, self.padding])
-        for linear, block in zip((qkvz, ba), blocks, strict=False):
-            block.copy_(linear.weight.data)
-        self.weight = torch.nn.Parameter(storage, requires_grad=False)
-        self._where = tuple(_whereabouts(block) for block in blocks[:2])
         self._packed: tuple[Any, Any] | None = None
         self._loaded = False
         self.broken = False
-        self.replaced: torch.Tensor | None = weight.data
-        qkvz.weight.data, ba.weight.data = blocks[:2]  # last: where a step before fails, the layer is as it was
-        release_replaced()  # at most one is kept
+        replaced, shape = qkvz.weight.data, (rows, qkvz.weight.shape[1])
         global _latest
+        latest = _latest() if _latest else None
+        if latest is not None and latest.allocation.fits(shape, replaced):
+            self._move(latest.allocation)
+        else:
+            size = shape[0] * shape[1] * replaced.itemsize
+            self._move(Allocation(shape, replaced, layers_per_allocation(size, replaced.device)))
+        release_replaced()  # at most one is kept
+        self.replaced: torch.Tensor | None = replaced
         _latest = weakref.ref(self)
+
+    def _move(self, allocation: Allocation) -> None:
+        """Take the next weight of ``allocation``, with the content of the projections' own."""
+        weight = allocation.left[-1]
+        blocks = weight.split([*self.sizes, self.padding])
+        for linear, block in zip((self.qkvz, self.ba), blocks, strict=False):
+            block.copy_(linear.weight.data)
+        parameter = torch.nn.Parameter(weight, requires_grad=False)
+        where = tuple(_whereabouts(block) for block in blocks[:2])
+        allocation.left.pop()  # where a step before fails, everything is as it was
+        allocation.held_by.add(self)
+        self.allocation, self.weight, self._where = allocation, parameter, where
+        self.qkvz.weight.data, self.ba.weight.data = blocks[:2]
 
     def __getattr__(self, name: str) -> Any:
         if name == "qkvz":  # not yet there, as in a copy that is being made
@@ -71,6 +124,7 @@ class FusedProjections:
         self.replaced = None
         if self._loaded:
             return True
+        self.allocation.finish()
         if not self._is_in_place():
             return False
         self.qkvz.quant_method.process_weights_after_loading(self)

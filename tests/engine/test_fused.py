@@ -23,6 +23,7 @@ TOLERANCE = 1.05
 SAMPLED_COLUMNS = 512
 """Of in_proj_qkvz's outputs, so many are computed in float64; of in_proj_ba's all."""
 HIDDEN, QKVZ, BA, LAYERS = 32, 48, 4, 3
+MIB = 2**20
 FUSED = {"VLLM_GDN_PLUGIN_STRATEGY": "fused"}
 BACK_TO_SERIAL = "a GDN layer goes back to serial"
 
@@ -341,6 +342,148 @@ def test_weights_are_left_alone_where_they_cannot_be_fused(
         for (where, value), (was_where, was_value) in zip(weights(), before, strict=True):
             assert where == was_where
             assert torch.equal(value, was_value)
+
+
+# Several layers' weights in one allocation, as on a GPU
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "layers"),
+    [
+        (20 * MIB + 1, "cpu", 1),
+        (10 * MIB, "cuda", 1),  # allocated with others, by 512 bytes
+        (11 * MIB, "cuda", 2),
+        (32 * MIB, "cuda", 1),
+        (16480 * 5120 * 2, "cuda", 2),  # 27B: 160.9 MiB
+        (4128 * 5120 * 2, "cuda", 6),  # at tensor-parallel size 4, padded
+        (12352 * 4096 * 2, "cuda", 4),  # 9B: 96.5 MiB
+        (511 * MIB, "cuda", 1),
+        (1023 * MIB, "cuda", 1),
+    ],
+)
+def test_what_rounding_loses_is_shared(size: int, device: str, layers: int) -> None:
+    from vllm_gdn_plugin.fused import layers_per_allocation
+
+    assert layers_per_allocation(size, torch.device(device)) == layers
+
+
+@pytest.fixture
+def projections(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
+    """`projections(qkvz)` makes a pair with weights of its own; three fused ones of a shape share an allocation."""
+    from vllm_gdn_plugin import fused
+
+    monkeypatch.setattr(fused, "layers_per_allocation", lambda size, device: 3)
+    monkeypatch.setattr(fused, "_latest", None)
+
+    def make(qkvz: int = QKVZ) -> tuple[Any, Any]:
+        return tuple(Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (qkvz, BA))
+
+    return make
+
+
+def layers_held(weight: Any) -> int:
+    """For how many layers of the usual shape there is room behind ``weight``."""
+    return int(weight.untyped_storage().nbytes()) // (64 * HIDDEN * int(weight.itemsize))
+
+
+def storages(fused: list[Any]) -> list[int]:
+    return [one.weight.untyped_storage().data_ptr() for one in fused]
+
+
+def test_layers_share_an_allocation_and_none_is_kept_for_layers_that_never_came(
+    projections: Callable[..., tuple[Any, Any]],
+) -> None:
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    pairs = [projections() for _ in range(5)]
+    fused = [FusedProjections(*pair) for pair in pairs]
+    a, _, _, b, _ = storages(fused)
+    assert storages(fused) == [a, a, a, b, b]
+    assert len({one.weight.data_ptr() for one in fused}) == 5
+    assert [layers_held(one.weight) for one in fused] == [3] * 5
+    for pair in pairs:  # what a loader does
+        for linear in pair:
+            linear.weight.data.normal_()
+    want = [torch.cat([linear.weight for linear in pair]) for pair in pairs]
+    partial = StorageWeakRef(fused[3].weight.untyped_storage())
+    for one, pair, rows in zip(fused, pairs, want, strict=True):
+        assert one.is_loaded()
+        assert torch.equal(one.weight[: len(rows)], rows)
+        assert not one.weight[len(rows) :].any()
+        assert pair[0].weight.data_ptr() == one.weight.data_ptr()
+        assert pair[1].weight.data_ptr() == one.weight[QKVZ].data_ptr()
+    assert storages(fused)[:3] == [a, a, a]
+    assert [layers_held(one.weight) for one in fused] == [3, 3, 3, 2, 2]
+    assert partial.expired()
+    late = FusedProjections(*projections())
+    assert late.weight.untyped_storage().data_ptr() not in storages(fused), "another model's"
+
+
+def test_a_shape_has_allocations_of_its_own(projections: Callable[..., tuple[Any, Any]]) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    fused = [FusedProjections(*projections(qkvz)) for qkvz in (QKVZ, QKVZ, 2 * QKVZ, QKVZ)]
+    fused.append(FusedProjections(*(linear.bfloat16() for linear in projections())))
+    a, _, b, c, d = storages(fused)
+    assert storages(fused) == [a, a, b, c, d]
+    assert len({a, b, c, d}) == 4
+
+
+def test_a_layer_whose_weight_the_loader_replaced_keeps_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    pairs = [projections() for _ in range(3)]
+    fused = [FusedProjections(*pair) for pair in pairs]
+    theirs = torch.nn.Parameter(torch.ones(BA, HIDDEN), requires_grad=False)
+    pairs[1][1].weight = theirs
+    assert [one.is_loaded() for one in fused] == [True, False, True]
+    assert pairs[1][1].weight is theirs
+    assert [layers_held(fused[i].weight) for i in (0, 2)] == [2, 2]
+    assert storages(fused)[0] == storages(fused)[2]
+
+
+def test_a_layer_that_is_gone_keeps_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    fused = [FusedProjections(*projections()) for _ in range(3)]
+    del fused[0]
+    assert all(one.is_loaded() for one in fused)
+    assert [layers_held(one.weight) for one in fused] == [2, 2]
+
+
+def test_where_there_is_no_memory_to_give_room_back_the_layers_are_as_they_were(
+    projections: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("planted by the test")
+
+    fused = [FusedProjections(*projections()) for _ in range(2)]
+    before = [(one.weight, one.weight.clone(), one.qkvz.weight.data_ptr()) for one in fused]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            fused[0].is_loaded()
+    for one, (weight, content, where) in zip(fused, before, strict=True):
+        assert one.weight is weight
+        assert torch.equal(one.weight, content)
+        assert one.qkvz.weight.data_ptr() == where
+    assert fused[1].is_loaded()
+    assert [layers_held(one.weight) for one in fused] == [2, 2]
+
+
+def test_a_copy_takes_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    one = FusedProjections(*projections())
+    other = copy.deepcopy(one)
+    assert torch.equal(other.weight, one.weight)
+    assert layers_held(other.weight) == 1
+    assert one.is_loaded()
+    assert layers_held(one.weight) == 1
 
 
 def test_weights_repacked_before_the_first_call_are_noticed(make_layer: Callable[..., Layer]) -> None:

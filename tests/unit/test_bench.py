@@ -285,9 +285,9 @@ def test_the_fused_weight_is_the_plugins_own() -> None:
     from vllm_gdn_plugin.fused import ROW_ALIGNMENT
 
     layer = unquantized(Shape("odd", 32, 48, 6), torch.bfloat16, "cpu")
-    assert layer.fused_weight is not None
-    assert layer.fused_weight.shape == (64, 32)
-    assert layer.fused_weight.shape[0] % ROW_ALIGNMENT == 0
+    assert layer.fused is not None
+    assert layer.fused.weight.shape == (64, 32)
+    assert layer.fused.weight.shape[0] % ROW_ALIGNMENT == 0
     assert layer.weight_bytes == {SERIAL: 54 * 64, DUAL_STREAM: 54 * 64, FUSED: 64 * 64, QKVZ: 48 * 64}
 
 

@@ -26,9 +26,8 @@ class Projections:
     ba: Linear
     weight_bytes: dict[str, int]
     """By strategy: the weights that it reads."""
-    fused_weight: torch.Tensor | None = None
-    """(qkvz + ba + padding, hidden), where one GEMM can serve both."""
-    sizes: tuple[int, int] = (0, 0)
+    fused: FusedProjections | None = None
+    """Where one GEMM can serve both."""
     ba_weight: torch.Tensor | None = None
     """(ba, hidden), where one GEMM cannot serve both and ``in_proj_ba`` may have a kernel of its own."""
 
@@ -36,10 +35,10 @@ class Projections:
         """The outputs in float64 that a strategy may round differently from serial."""
         if self.ba_weight is not None:
             return None, F.linear(hidden_states.double(), self.ba_weight.double())
-        if self.fused_weight is None:
+        if self.fused is None:
             return None
-        both = F.linear(hidden_states.double(), self.fused_weight[: sum(self.sizes)].double())
-        return tuple(both.split(self.sizes, dim=-1))
+        both = F.linear(hidden_states.double(), self.fused.weight.double())
+        return tuple(both.split([*self.fused.sizes, self.fused.padding], dim=-1)[:2])
 
 
 def random_weight(rows: int, hidden: int, dtype: torch.dtype, device: str) -> torch.nn.Parameter:
@@ -51,7 +50,7 @@ def random_weight(rows: int, hidden: int, dtype: torch.dtype, device: str) -> to
 def unquantized(shape: Shape, dtype: torch.dtype, device: str) -> Projections:
     """Both projections on weights of one dtype, in the plugin's own storage: row blocks of the fused weight."""
     qkvz, ba = (SimpleNamespace(weight=random_weight(n, shape.hidden, dtype, device)) for n in (shape.qkvz, shape.ba))
-    weight = FusedProjections(qkvz, ba).weight
+    one = FusedProjections(qkvz, ba)
     first, second = qkvz.weight, ba.weight
     return Projections(
         lambda x: F.linear(x, first),
@@ -59,11 +58,10 @@ def unquantized(shape: Shape, dtype: torch.dtype, device: str) -> Projections:
         {
             SERIAL: first.nbytes + second.nbytes,
             DUAL_STREAM: first.nbytes + second.nbytes,
-            FUSED: weight.nbytes,
+            FUSED: one.weight.nbytes,
             QKVZ: first.nbytes,
         },
-        weight,
-        (shape.qkvz, shape.ba),
+        one,
     )
 
 
@@ -74,8 +72,10 @@ def serial(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
 
 def fused(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
     """One GEMM; the outputs are views of its result."""
-    both = F.linear(hidden_states, layer.fused_weight)
-    return both[:, : layer.sizes[0]], both[:, layer.sizes[0] : sum(layer.sizes)]
+    assert layer.fused is not None
+    both = F.linear(hidden_states, layer.fused.weight)
+    qkvz, ba, _ = both.split([*layer.fused.sizes, layer.fused.padding], dim=-1)
+    return qkvz, ba
 
 
 def qkvz_alone(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
@@ -117,7 +117,7 @@ def narrow_kernel(aux_stream: Any | None) -> Step:
 def steps(layer: Projections, aux_stream: Any | None, num_tokens: int) -> dict[str, Step]:
     """The ways in which ``layer`` can be run with so many tokens."""
     ways: dict[str, Step] = {SERIAL: serial, DUAL_STREAM: dual_stream(aux_stream), QKVZ: qkvz_alone}
-    if layer.fused_weight is not None:
+    if layer.fused is not None:
         ways[FUSED] = fused
     if layer.ba_weight is not None and NARROW_KERNEL in choices_at((NARROW_KERNEL,), num_tokens):
         ways[NARROW_KERNEL] = narrow_kernel(aux_stream)
