@@ -78,8 +78,10 @@ def test_leaves_no_gaps_between_the_weights_of_a_model(vllm_config: Any) -> None
 
     hidden, qkvz, ba = SHAPES["27B"]
 
-    def weight(rows: int) -> Any:
-        return torch.nn.Parameter(torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda"), requires_grad=False)
+    def linear(rows: int) -> Any:
+        made = torch.nn.Linear(hidden, rows, bias=False, dtype=torch.bfloat16, device="cuda").requires_grad_(False)
+        made.quant_method = SimpleNamespace(process_weights_after_loading=lambda layer: None)
+        return made
 
     def gaps() -> int:
         gc.collect()
@@ -89,8 +91,8 @@ def test_leaves_no_gaps_between_the_weights_of_a_model(vllm_config: Any) -> None
     before, kept = gaps(), []
     for _ in range(LAYERS):
         release_replaced()
-        fused = FusedProjections(SimpleNamespace(weight=weight(qkvz)), SimpleNamespace(weight=weight(ba)))
-        kept += [fused, weight(qkvz * 7 // 8)]
+        fused = FusedProjections(linear(qkvz), linear(ba))
+        kept += [fused, linear(qkvz * 7 // 8)]
     release_replaced()
     assert all(one.is_loaded() for one in kept[::2])
     assert gaps() - before <= (LAYERS + 1) * ROUNDED_TO
