@@ -1,7 +1,7 @@
 """Decode steps and times to the first token of engines side by side, without a server between them and the clock.
 
     python benchmarks/in_process.py MODEL DIRECTORY --engine JSON [--strategy NAME,...] [--rounds N]
-        [--concurrency N,...] [--input-len N,...] [--minutes N] [--cpus N,...]
+        [--concurrency N,...] [--input-len N,...] [--starts N] [--minutes N] [--cpus N,...]
 
 Through HTTP the scatter of a slow host hides differences of a few percent (`bench serve` tells what a client sees).
 Here each engine, stock and of each strategy, is a process of its own with vLLM's `LLM`, scheduler and model runner in
@@ -10,8 +10,9 @@ short prompts, a case `N in` the first token of one prompt of N tokens; before t
 PyTorch has taken in it. The stock engine starts first, so that the others find Triton's kernels tuned as it has tuned
 them; then `auto`, which times its ways alone; then the others at once. MODEL is a directory, such as gpu_models.py
 makes; weights are dummies. With `--cpus`, once all have started, the threads of all of them run on those CPUs alone:
-what one CPU is slower by than another is then no difference between engines. Writes DIRECTORY/serve.json, .md and .png,
-as `bench serve` does; Ctrl-C ends it and keeps what was measured. The engines share the GPU: `--engine
+what one CPU is slower by than another is then no difference between engines. With `--starts 2` there are two engines
+of each, `off` and `off-2`: what two of the same differ by, no interval tells. Writes DIRECTORY/serve.json, .md and
+.png, as `bench serve` does; Ctrl-C ends it and keeps what was measured. The engines share the GPU: `--engine
 '{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization": 0.01}'`, and more arguments of `LLM`. Without a GPU:
 `--device cpu --strategy fused --engine '{"enforce_eager": true, "mamba_ssm_cache_dtype": "float32",
 "kv_cache_memory_bytes": 134217728}'`.
@@ -48,6 +49,8 @@ from vllm_gdn_plugin.plan import AUTO
 
 PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
+START_OF = "-"
+"""Between a variant's name and the number of its start, from the second on."""
 VOCABULARY = 256
 """Prompts are of the ids below it."""
 HELPING = {
@@ -203,7 +206,7 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
                 stock = stock or found
                 if name != OFF:
                     run.verified[name] = verified(name, stock, found)
-                if line := require_at_work(name, this.log_path.read_text(errors="replace")):
+                if line := require_at_work(name.partition(START_OF)[0], this.log_path.read_text(errors="replace")):
                     run.said[name] = line
             engines |= started
         for this in engines.values():  # each case once, untimed
@@ -224,6 +227,15 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
                 for name in names:
                     found = engines[name].ask(vars(case) | {"seed": seed})
                     run.add(number, name, case.name, case.values(found))
+
+
+def started_often(found: Mapping[str, dict[str, str]], starts: int) -> dict[str, dict[str, str]]:
+    """The variants, and all of them once more for each further start."""
+    return {
+        name if start == 1 else f"{name}{START_OF}{start}": settings
+        for start in range(1, starts + 1)
+        for name, settings in found.items()
+    }
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -251,7 +263,7 @@ def main(arguments: Sequence[str]) -> int:
             rounds=options.rounds,
             model=Path(options.model).name,
             vllm_arguments=[],
-            variants=variants(options.strategy.split(",")),
+            variants=started_often(variants(options.strategy.split(",")), options.starts),
             machine=describe_machine(options.device),
             load="engines in processes of their own, no server, stepped in turn while the others are idle; TPOT:"
             f" {options.repeat} times {options.output_len} tokens for each of the requests at once, after prompts of"
@@ -285,13 +297,14 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeat", default="4", help="answers of each request in a turn; default 4")
     parser.add_argument("--input-len", metavar="N,...", default="8,512,8192", help="default 8,512,8192")
     parser.add_argument("--first-tokens", default="10", help="prompts of each length in a turn; default 10")
+    parser.add_argument("--starts", default="1", help="engines of each; default 1")
     parser.add_argument("--minutes", type=float, default=60.0, help="from the first start; no case begins after them")
     parser.add_argument("--cpus", metavar="N,...", default="", help="numbers of CPUs; default: as the system has it")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine", metavar="JSON", required=True, help="arguments of vLLM's LLM; see above")
     options = parser.parse_args(arguments)
     try:
-        for name in ("rounds", "output_len", "repeat", "first_tokens"):
+        for name in ("rounds", "starts", "output_len", "repeat", "first_tokens"):
             setattr(options, name, count(f"--{name.replace('_', '-')}", getattr(options, name)))
         options.concurrency = counts("--concurrency", options.concurrency)
         options.input_len = counts("--input-len", options.input_len)

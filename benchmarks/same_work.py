@@ -1,9 +1,11 @@
 """How much the times of CUDA graphs of the same work differ, which the rounds of one graph cannot show.
 
     python benchmarks/same_work.py --output DIRECTORY [--quantization fp8] [--preset NAME] [--tokens N,...] [--graphs N]
+        [--own-layers]
 
-Each way to run the projections is captured several times, and all graphs are replayed in turn. Writes
-DIRECTORY/same-work.json. Without a GPU, where nothing is captured: `--device cpu --shape 256,512,16`.
+Each way to run the projections is captured several times, and all graphs are replayed in turn. With `--own-layers` the
+weights, too, lie elsewhere in each graph, as in engines that start anew. Writes DIRECTORY/same-work.json. Without a
+GPU, where nothing is captured: `--device cpu --shape 256,512,16`.
 """
 
 import argparse
@@ -41,19 +43,22 @@ def measure(timer: Timer, task: argparse.Namespace) -> Iterator[Row]:
     )
     with torch.no_grad(), makers as make:
         for shape in task.shapes:
-            layers = [make(shape) for _ in range(timer.min_layers)]
+            stacks = [
+                [make(shape) for _ in range(timer.min_layers)] for _ in range(task.graphs if task.own_layers else 1)
+            ]
             for tokens in task.tokens:
                 hidden_states = torch.randn(tokens, shape.hidden, dtype=torch.bfloat16, device=task.device)
-                ways = strategies.steps(layers[0], timer.aux_stream, tokens)
+                ways = strategies.steps(stacks[0][0], timer.aux_stream, tokens)
                 graphs = {
-                    f"{way} {number}": timer.prepare(through(layers, step, hidden_states))[0]
+                    f"{way} {number}": timer.prepare(through(stacks[number % len(stacks)], step, hidden_states))[0]
                     for number in range(task.graphs)
                     for way, step in ways.items()
                 }
                 samples = timer.measure(graphs, task.rounds)
                 for way in ways:
-                    times = [summary(samples[f"{way} {number}"]).median / len(layers) for number in range(task.graphs)]
-                    yield {"shape": shape.name, "tokens": tokens, "way": way, "us": times}
+                    times = [summary(samples[f"{way} {number}"]).median for number in range(task.graphs)]
+                    us = [time / timer.min_layers for time in times]
+                    yield {"shape": shape.name, "tokens": tokens, "way": way, "us": us}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,6 +71,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--quantization", choices=("fp8",), help="of in_proj_qkvz; default bfloat16")
     parser.add_argument("--graphs", default="8", help="of each way; default 8")
     parser.add_argument("--rounds", default="6", help="samples of each graph; default 6")
+    parser.add_argument("--own-layers", action="store_true", help="each graph has weights of its own")
     task = parser.parse_args(arguments)
     if task.quantization and task.device != "cuda":
         raise BadInput("--quantization fp8 needs --device cuda")
@@ -86,6 +92,7 @@ def run(task: argparse.Namespace, command: str) -> int:
             "command": command,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "rounds": task.rounds,
+            "own_layers": task.own_layers,
             "machine": asdict(machine),
             "rows": list(measure(CudaTimer() if task.device == "cuda" else CpuTimer(), task)),
         }

@@ -227,11 +227,24 @@ def test_a_moved_call_reads_and_writes_where_it_was_moved() -> None:
 
 
 @needs_bench
-def test_the_same_work_is_timed_in_several_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("own_layers", [False, True])
+def test_the_same_work_is_timed_in_several_graphs(
+    own_layers: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import same_work
     from same_work import main
 
+    used = []
+
+    def through(layers: Any, *rest: Any) -> Any:
+        used.append(id(layers))
+        return actual(layers, *rest)
+
+    actual = same_work.through
+    monkeypatch.setattr(same_work, "through", through)
     options = ("--shape", "256,512,16", "--tokens", "1,3", "--graphs", "3", "--rounds", "1", "--device", "cpu")
-    assert main([*options, "--output", str(tmp_path)]) == 0
+    assert main([*options, "--output", str(tmp_path), *(["--own-layers"] if own_layers else [])]) == 0
+    assert len(set(used)) == (3 if own_layers else 1)
     rows = json.loads((tmp_path / "same-work.json").read_text())["rows"]
     assert [(row["tokens"], row["way"]) for row in rows] == [
         (tokens, way) for tokens in (1, 3) for way in ("serial", "dual_stream", "qkvz", "fused")
@@ -467,7 +480,7 @@ class TalkingEngine:
 
     def __init__(self, name: str, answer: Any, log: Path) -> None:
         self.name, self.answer, self.log_path = name, answer, log
-        log.write_text("" if name == "off" else "vllm-gdn-plugin 0.1.0: fused on 3 of 3 GDN layers")
+        log.write_text("" if name.startswith("off") else "vllm-gdn-plugin 0.1.0: fused on 3 of 3 GDN layers")
 
     def ask(self, question: dict[str, Any]) -> Any:
         if "probe" in question:
@@ -491,17 +504,18 @@ def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
     from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
     from vllm_gdn_plugin.bench.results import Machine
 
-    def run(logprob: float = -1.0, minutes: float = 1.0, cpus: Sequence[int] = ()) -> Any:
+    def run(logprob: float = -1.0, minutes: float = 1.0, cpus: Sequence[int] = (), starts: int = 1) -> Any:
         asked: list[tuple[str, Any, Any]] = []
         monkeypatch.setattr(TalkingEngine, "asked", asked, raising=False)
 
         @contextmanager
         def talking(name: str, settings: Any, options: Any) -> Iterator[TalkingEngine]:
-            yield TalkingEngine(name, ([7], [-1.0 if name == "off" else logprob]), tmp_path / f"{name}.log")
+            yield TalkingEngine(name, ([7], [-1.0 if name.startswith("off") else logprob]), tmp_path / f"{name}.log")
 
         monkeypatch.setattr(in_process, "engine", talking)
         machine = Machine("cpu", "a CPU", "3.11", "0.1.0", "2.11", "0.26.0", None, None, 0, None)
-        found = EngineRun(SERVE, "", "", 2, "m", [], {"off": {}, "fused": {}}, machine)
+        variants = in_process.started_often({"off": {}, "fused": {}}, starts)
+        found = EngineRun(SERVE, "", "", 2, "m", [], variants, machine)
         cases = [Case("concurrency 2", 2, 8, 3, 4), Case("8 in", 1, 8, 1, 5), Case("9 in", 1, 9, 1, 5)]
         measure(found, cases, SimpleNamespace(minutes=minutes, cpus=cpus))
         return found, asked
@@ -513,6 +527,15 @@ def test_engines_are_bound_to_cpus_once_all_have_started(stepped: Callable[..., 
     _, asked = stepped(cpus=(1, 3))
     started, cases = 2, 3
     assert asked[started * cases :][:started] == [("off", "cpus", (1, 3)), ("fused", "cpus", (1, 3))]
+
+
+def test_two_engines_of_each_are_stepped_as_variants_of_their_own(stepped: Callable[..., Any]) -> None:
+    run, asked = stepped(starts=2)
+    assert list(run.variants) == ["off", "fused", "off-2", "fused-2"]
+    assert {name for name, *_ in asked} == set(run.variants)
+    assert set(run.verified) == {"fused", "off-2", "fused-2"}
+    assert set(run.said) == {"fused", "fused-2"}
+    assert run.values("tpot_ms", "concurrency 2", "off-2") == pytest.approx({0: 200.0, 1: 200.0})
 
 
 def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(stepped: Callable[..., Any]) -> None:
