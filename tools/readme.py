@@ -105,11 +105,14 @@ These are the projections alone, a part of a decode step.
 How long an FP8 GEMM takes depends on where its input lies in memory: at 8 tokens vLLM's takes up to {at_8:.2f} times as
 long at the slowest of {places} addresses as at the fastest, at 1 and 64 tokens up to {elsewhere:.2f} times; where its
 output and its scales lie makes {others:.2f} times at the most ([every
-number](benchmarks/results/h200-fp8-addresses.md), one GPU of {fp8.machine.hardware}). So the input is elsewhere in each
-layer that is timed above. Graphs of the same work still differ, which the spreads above do not contain: with FP8 by up
-to {same_work("fp8")}, in bf16 by up to {same_work("bf16")} ([eight graphs of
-each](benchmarks/results/h200-same-work.json)). In an engine the addresses are others with the plugin than without it,
-as after any change.
+number](benchmarks/results/h200-fp8-addresses.md)). So the input is elsewhere in each layer that is timed above. Graphs
+of the same work still differ, which the spreads above do not contain: with FP8 by up to
+{same_work("fp8")}, in bf16 by up to {same_work("bfloat16")}
+(eight graphs of each:
+[FP8](benchmarks/results/h200-same-work-fp8.json), [bf16](benchmarks/results/h200-same-work-bfloat16.json)); with
+weights of its own in each, bf16, Qwen3.5-27B, by up to {same_work("own-layers")}
+([same](benchmarks/results/h200-same-work-own-layers.json)). In an engine the addresses are others with the
+plugin than without it, as after any change.
 
 `narrow_kernel`, the plugin's own kernel for `in_proj_ba`, takes {alone()} of cuBLAS's time alone, at 1 to
 {NARROW_KERNEL_MAX_TOKENS} tokens and with every shape ([every
@@ -149,9 +152,11 @@ def engines() -> str:
     by_token, eager = served("27B-FP8-per-token-16-layers"), served("27B-8-layers-eager")
     all_ways, small = served("27B-16-layers-in-process"), served("35B-A3B-16-layers-in-process")
     http, again = served("35B-A3B-16-layers"), served("27B-16-layers-again")
+    both, twice = served("27B-32-layers-fused-dual-stream"), served("27B-16-layers-two-starts")
     runs = (whole, awq, moe, moe_again, fp8_small, first, first_fp8, apart, by_token, eager, all_ways, small, http)
+    runs += (twice,)
     assert all(run.machine == whole.machine for run in runs), "see the text below"
-    assert fp8.machine == whole_again.machine == again.machine, "see the text below"
+    assert fp8.machine == whole_again.machine == again.machine == both.machine, "see the text below"
     assert versions(fp8.machine) == versions(whole.machine), "see the text below"
     assert all("fused at 1 to 512 tokens" in run.said[AUTO] for run in (whole, moe)), "see the text below"
     assert "dual_stream at 1 to 32 tokens, fused at 64 to 512 tokens" in awq.said[AUTO], "see the text below"
@@ -177,22 +182,37 @@ include how much two starts of the same engine differ, as the two of Qwen3.5-27B
 The second run in bf16 and the one with FP8 are on one GPU of {fp8.machine.hardware}, beside other measurements on the
 other one. In the second run `auto` chose dual_stream up to 16 tokens and fused above, as with AWQ (up to 32), whose GDN
 layers are bf16 as well; in the other bf16 columns fused at every size, with FP8 dual_stream (and narrow_kernel at 4
-tokens). From the projections alone, Qwen3.5-27B should gain in bf16
-{foretold(whole, "bfloat16", FUSED)} with fused, {foretold(whole_again, "bfloat16", DUAL_STREAM)} with dual_stream;
-with FP8 {foretold(fp8, "fp8", DUAL_STREAM)}. So in these engines fused gained more and
-dual_stream less, which is not explained; [where both were in one
-run](benchmarks/results/h200-27B-16-layers-in-process/serve.md), dual_stream was ahead by 0.1 to 0.4 % of TPOT at 1 to 8
-requests. What FP8 gains too much at 8 requests is of the size that addresses make. Other runs changed TPOT, by the
-medians:
+tokens). By such times it would fuse in every bf16 column today.
+
+That is because engines show nothing of what two streams are ahead of one GEMM when the projections are timed alone. By
+those, Qwen3.5-27B in bf16 should gain {foretold(whole, "bfloat16", FUSED)} with fused and
+{foretold(whole_again, "bfloat16", DUAL_STREAM)} with dual_stream. What TPOT changes by, by the medians, with both
+beside stock in one run, with [32 of 64 layers](benchmarks/results/h200-27B-32-layers-fused-dual-stream/serve.md)
+(one GPU of {both.machine.hardware}, beside tests on the other one) and, two engines of each, with
+[16](benchmarks/results/h200-27B-16-layers-two-starts/serve.md):
+
+{side_by_side(both, twice)}
+
+In an [older run](benchmarks/results/h200-27B-16-layers-in-process/serve.md), dual_stream was ahead of fused by 0.1 to
+0.4 % of TPOT at 1 to 8 requests. Where the rest is lost is not known: in
+[traces](benchmarks/results/h200-decode-27B.md) the layer takes as much less time as the projections have it. With FP8,
+where two streams are all there is, Qwen3.5-27B should gain {foretold(fp8, "fp8", DUAL_STREAM)}; what it gains too much
+at 8 requests is of the size that addresses make.
+
+Other runs changed TPOT, by the medians:
 [Qwen3.5-35B-A3B](benchmarks/results/h200-35B-A3B-32-layers-again/serve.md), with a mix of both, by
 {medians_changed(moe_again, AUTO)}; [FP8, 16 layers](benchmarks/results/h200-27B-FP8-16-layers/serve.md), before there
 was narrow_kernel, by {medians_changed(fp8_small, AUTO)}.
 
-The bad news: TTFT of 8 and 512 tokens scatters by tens of percent on these hosts, and within that nothing can be told.
-One run has 8 tokens slower by a tenth, another both faster by more.
+The bad news: TTFT of 8 to 1024 tokens scatters by tens of percent on these hosts, and two engines of stock vLLM
+([the same run](benchmarks/results/h200-27B-16-layers-two-starts/serve.md), each on the same two CPUs) differ by
+{change(twice, "ttft_ms", "8 in", OFF + SECOND)} at 8 tokens and {change(twice, "ttft_ms", "1024 in", OFF + SECOND)} at
+1024. So neither the tenth by which the table has 8 tokens slower in one run, nor the more by which it has them faster
+in another, says anything of the plugin.
 
-And steps with more tokens than the largest captured size, 512 here; seen at 1024, not at 8192. There the ops are called
-from Python. With FP8, whose own Python code then runs, too, TTFT of 1024 tokens is longer in three of five runs: with
+And steps with more tokens than the largest captured size, 512 here, may take longer; not at 8192. There the ops are
+called from Python. What was seen at 1024 is no more than two engines of stock differ by, but it is seen often. With
+FP8, whose own Python code then runs, too, TTFT of 1024 tokens is longer in three of five runs: with
 16 layers {change(fp8_small, "ttft_ms", "1024 in", AUTO)}, and with four layers and all engines bound to two CPUs
 {change(first_fp8, "ttft_ms", "1024 in", AUTO)} in
 [one](benchmarks/results/h200-27B-FP8-4-layers-first-tokens/serve.md) and, with dual_stream,
@@ -224,16 +244,23 @@ request `auto` once showed {change(small, "tpot_ms", "concurrency 1", AUTO)}, du
 {change(small, "tpot_ms", "concurrency 1", DUAL_STREAM)}, and `fused`, which replays the same kernels as `auto` there,
 {change(small, "tpot_ms", "concurrency 1", FUSED)}. With 32 layers, above, neither is seen.
 
-**Memory.** What PyTorch has allocated once an engine has started, with `auto`: {memory_of(fp8)} (FP8, all 64 layers),
-{memory_of(whole_again)} (Qwen3.5-27B in bf16, all 64 layers, dual_stream at 1 to 16 tokens), {memory_of(again)}
-([Qwen3.5-27B, 16 layers, the same](benchmarks/results/h200-27B-16-layers-again/serve.md)), each on one GPU of
-{again.machine.hardware}. An engine that overlaps has a workspace of cuBLAS for the second stream, 32 MiB on this GPU;
-the rest is lost to rounding beside the fused weights, 1 to 2 MiB a layer. An engine that fuses at every size should
-have no workspace more (not measured since). The older runs above had one or two more, which timing left there: it gives
-them back since, where no CUDA graph exists in the process. They had {memory_of(whole)} (Qwen3.5-27B), {memory_of(awq)}
-(AWQ), {memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start), {memory_of(moe_again)} (35B-A3B,
-which timed them), {memory_of(fp8_small)} (FP8, 16 layers). Where vLLM sizes the KV cache by the memory it finds, it
-should come out of that (not measured: these runs fix the KV cache)."""
+**Memory.** What PyTorch has allocated once an engine has started: Qwen3.5-27B in bf16, 32 layers, with fused
+{memory_of(both, FUSED)}, with dual_stream {memory_of(both, DUAL_STREAM)} ([both beside
+stock](benchmarks/results/h200-27B-32-layers-fused-dual-stream/serve.md); asked for by name: `auto`, which times them
+first and gives back what that takes, has not been measured since); FP8, all 64 layers, with `auto` {memory_of(fp8)}. An
+engine that overlaps has a workspace of cuBLAS for the second stream, 32 MiB on this GPU. What rounding adds to a fused
+weight is shared by several layers since; in the older runs each lost 1 to 2 MiB, and the oldest had a workspace or two
+that timing left there. They had, with `auto`, {memory_of(whole_again)} (Qwen3.5-27B, second run),
+{memory_of(again)} ([16 layers](benchmarks/results/h200-27B-16-layers-again/serve.md)), {memory_of(whole)}
+(Qwen3.5-27B), {memory_of(awq)} (AWQ), {memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start),
+{memory_of(moe_again)} (35B-A3B, which timed them), {memory_of(fp8_small)} (FP8, 16 layers).
+While it loads, an engine that fuses takes up to 0.5 GiB more, and one layer's projections (worked out, not measured).
+Where vLLM sizes the KV cache by the memory it finds, it should come out of that (not measured: these runs fix the KV
+cache)."""
+
+
+SECOND = "-2"
+"""After a variant's name: its second engine."""
 
 
 def served(name: str) -> EngineRun:
@@ -275,8 +302,8 @@ MODELS = {
 }
 
 
-def memory_of(run: EngineRun) -> str:
-    (stock,), (ours,) = (run.values("allocated_mib", START, name).values() for name in (OFF, AUTO))
+def memory_of(run: EngineRun, name: str = AUTO) -> str:
+    (stock,), (ours,) = (run.values("allocated_mib", START, each).values() for each in (OFF, name))
     return f"{stock:.0f} MiB {ours - stock:+.0f} MiB, {100 * (ours / stock - 1):.2f} %"
 
 
@@ -303,13 +330,32 @@ def rounds_of(run: EngineRun) -> str:
     return " or ".join(map(str, found))
 
 
-def medians_changed(run: EngineRun, name: str) -> str:
-    """How far apart the medians of TPOT are, for each number of requests."""
-    found = []
+def ratios_of_medians(run: EngineRun, name: str) -> dict[str, float]:
+    """The median of TPOT over stock's, for each number of requests."""
+    found = {}
     for case in run.cases("tpot_ms"):
         stock, other = (statistics.median(run.values("tpot_ms", case, each).values()) for each in (OFF, name))
-        found.append(f"{100 * (other / stock - 1):+.1f} % at {case.removeprefix('concurrency ')}")
-    return ", ".join(found)
+        found[case.removeprefix("concurrency ")] = other / stock
+    return found
+
+
+def medians_changed(run: EngineRun, name: str) -> str:
+    """How far apart the medians of TPOT are, for each number of requests."""
+    return ", ".join(f"{100 * (ratio - 1):+.1f} % at {n}" for n, ratio in ratios_of_medians(run, name).items())
+
+
+def side_by_side(both: EngineRun, twice: EngineRun) -> str:
+    """How far apart the medians of TPOT are with fused and dual_stream: a row for each, a column for each size."""
+    found = [("32 layers, fused", both, FUSED), ("32 layers, dual_stream", both, DUAL_STREAM)]
+    for name in (FUSED, DUAL_STREAM):
+        found += [(f"16 layers, {name}", twice, name), (f"16 layers, {name}, another start", twice, name + SECOND)]
+    found.append(("16 layers, stock, another start", twice, OFF + SECOND))
+    sizes = [case.removeprefix("concurrency ") for case in both.cases("tpot_ms")]
+    lines = [f"| requests | {' | '.join(sizes)} |", "|---|" + "---|" * len(sizes)]
+    for label, run, name in found:
+        cells = (f"{100 * (ratio - 1):+.1f} %" for ratio in ratios_of_medians(run, name).values())
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def change(run: EngineRun, metric: str, case: str, name: str) -> str:
@@ -407,13 +453,11 @@ def by_address() -> tuple[float, float, float, int]:
     return most[0], most[1], most[2], result["places"]
 
 
-def same_work(in_proj_qkvz: str) -> str:
+def same_work(name: str) -> str:
     """How much the times of graphs of the same work differ at the most, for each number of tokens."""
-    rows = json.loads((RESULTS / "h200-same-work.json").read_text())["rows"]
     most: dict[int, float] = {}
-    for row in rows:
-        if row["in_proj_qkvz"] == in_proj_qkvz:
-            most[row["tokens"]] = max(most.get(row["tokens"], 0.0), max(row["us"]) / min(row["us"]))
+    for row in json.loads((RESULTS / f"h200-same-work-{name}.json").read_text())["rows"]:
+        most[row["tokens"]] = max(most.get(row["tokens"], 0.0), max(row["us"]) / min(row["us"]))
     return ", ".join(f"{100 * (ratio - 1):.0f} % at {tokens}" for tokens, ratio in most.items()) + " tokens"
 
 
