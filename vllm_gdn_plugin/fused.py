@@ -26,10 +26,10 @@ _latest: "weakref.ref[FusedProjections] | None" = None
 
 
 def layers_per_allocation(size: int, device: torch.device) -> int:
-    """For how many layers to allocate at once, that of ``size`` bytes each the least be lost to rounding."""
+    """For how many layers to allocate ``size`` bytes each at once, that the least be lost to rounding."""
     if device.type != "cuda" or size <= ROUNDED_FROM:
         return 1
-    return min(range(1, max(MAX_ALLOCATION // size, 1) + 1), key=lambda count: -count * size % ROUNDED_TO / count)
+    return min(range(1, max(MAX_ALLOCATION // size, 1) + 1), key=lambda count: -count * size % ROUNDED_TO)
 
 
 def release_replaced() -> None:
@@ -51,23 +51,26 @@ class Allocation:
         self.layers = layers
         self.left = list(torch.zeros((layers, *shape), dtype=like.dtype, device=like.device))
         self.held_by: weakref.WeakSet[FusedProjections] = weakref.WeakSet()
-        self.final = False
+        self.finished = False
 
     def __deepcopy__(self, memo: Any) -> "Allocation":
         return self  # a copy of a layer has weights of its own, and no part of this
 
     def fits(self, shape: tuple[int, int], like: torch.Tensor) -> bool:
-        return not self.final and bool(self.left) and (self.shape, self.like) == (shape, (like.dtype, like.device))
+        return bool(self.left) and (self.shape, self.like) == (shape, (like.dtype, like.device))
 
     def finish(self) -> None:
-        """Called when loading is done: without what no layer came for, or a loader has replaced."""
+        """Called when loading is done, before any layer is at work: give back what no layer came for, or a loader has
+        replaced."""
+        if self.finished:
+            return
         kept = [each for each in self.held_by if each._is_in_place()]
-        if not self.final and kept and len(kept) < self.layers:
+        if kept and len(kept) < self.layers:
             exact = Allocation(self.shape, kept[0].weight, len(kept))
             for each in kept:
                 each._move(exact)
-            exact.final = True
-        self.left, self.final = [], True
+            exact.finished = True
+        self.left, self.finished = [], True
 
 
 class FusedProjections:

@@ -351,7 +351,7 @@ def test_weights_are_left_alone_where_they_cannot_be_fused(
     ("size", "device", "layers"),
     [
         (20 * MIB + 1, "cpu", 1),
-        (10 * MIB, "cuda", 1),  # allocated with others, by 512 bytes
+        (9 * MIB, "cuda", 1),  # allocated with others, by 512 bytes
         (11 * MIB, "cuda", 2),
         (32 * MIB, "cuda", 1),
         (16480 * 5120 * 2, "cuda", 2),  # 27B: 160.9 MiB
@@ -482,8 +482,37 @@ def test_a_copy_takes_no_place(projections: Callable[..., tuple[Any, Any]]) -> N
     other = copy.deepcopy(one)
     assert torch.equal(other.weight, one.weight)
     assert layers_held(other.weight) == 1
+    assert other.allocation is one.allocation, "or all of it would be there twice"
     assert one.is_loaded()
     assert layers_held(one.weight) == 1
+
+
+@pytest.mark.parametrize("room", [3, 4])
+def test_a_layer_that_is_loaded_is_not_moved(
+    projections: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    from vllm_gdn_plugin import fused as module
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    monkeypatch.setattr(module, "layers_per_allocation", lambda size, device: room)
+    fused = [FusedProjections(*projections()) for _ in range(3)]
+    assert fused[0].is_loaded()
+    before = fused[0].weight.data_ptr()
+    del fused[1]
+    assert fused[1].is_loaded()
+    assert fused[0].weight.data_ptr() == before
+    assert storages(fused)[0] == storages(fused)[1]
+
+
+def test_nothing_joins_an_allocation_that_loaders_have_left(projections: Callable[..., tuple[Any, Any]]) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    pair = projections()
+    fused = FusedProjections(*pair)
+    pair[0].weight = torch.nn.Parameter(pair[0].weight.clone(), requires_grad=False)
+    assert not fused.is_loaded()
+    late = FusedProjections(*projections())
+    assert storages([fused]) != storages([late])
 
 
 def test_weights_repacked_before_the_first_call_are_noticed(make_layer: Callable[..., Layer]) -> None:
