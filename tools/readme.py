@@ -184,8 +184,8 @@ other one. In the second run `auto` chose dual_stream up to 16 tokens and fused 
 layers are bf16 as well; in the other bf16 columns fused at every size, with FP8 dual_stream (and narrow_kernel at 4
 tokens). By such times it would fuse in every bf16 column today.
 
-That is because engines show nothing of what two streams are ahead of one GEMM when the projections are timed alone. By
-those, Qwen3.5-27B in bf16 should gain {foretold(whole, "bfloat16", FUSED)} with fused and
+That is because in engines two streams are not steadily ahead of one GEMM, as they are when the projections are timed
+alone. By those, Qwen3.5-27B in bf16 should gain {foretold(whole, "bfloat16", FUSED)} with fused and
 {foretold(whole_again, "bfloat16", DUAL_STREAM)} with dual_stream. What TPOT changes by, by the medians, with both
 beside stock in one run, with [32 of 64 layers](benchmarks/results/h200-27B-32-layers-fused-dual-stream/serve.md)
 (one GPU of {both.machine.hardware}, beside tests on the other one) and, two engines of each, with
@@ -193,8 +193,10 @@ beside stock in one run, with [32 of 64 layers](benchmarks/results/h200-27B-32-l
 
 {side_by_side(both, twice)}
 
-In an [older run](benchmarks/results/h200-27B-16-layers-in-process/serve.md), dual_stream was ahead of fused by 0.1 to
-0.4 % of TPOT at 1 to 8 requests. Where the rest is lost is not known: in
+With 16 layers the rounds scatter: an interval is 0.6 to 2.7 % wide to either side, and holds 0 in
+{unclear(twice)} of {5 * len(twice.variants) - 5} cells. In an [older
+run](benchmarks/results/h200-27B-16-layers-in-process/serve.md) of one engine each, dual_stream was ahead of fused by
+0.1 to 0.4 % of TPOT at 1 to 8 requests. Where the rest is lost is not known: in
 [traces](benchmarks/results/h200-decode-27B.md) the layer takes as much less time as the projections have it. With FP8,
 where two streams are all there is, Qwen3.5-27B should gain {foretold(fp8, "fp8", DUAL_STREAM)}; what it gains too much
 at 8 requests is of the size that addresses make.
@@ -250,8 +252,10 @@ stock](benchmarks/results/h200-27B-32-layers-fused-dual-stream/serve.md); asked 
 first and gives back what that takes, has not been measured since); FP8, all 64 layers, with `auto` {memory_of(fp8)}. An
 engine that overlaps has a workspace of cuBLAS for the second stream, 32 MiB on this GPU. What rounding adds to a fused
 weight is shared by several layers since; in the older runs each lost 1 to 2 MiB, and the oldest had a workspace or two
-that timing left there. They had, with `auto`, {memory_of(whole_again)} (Qwen3.5-27B, second run),
-{memory_of(again)} ([16 layers](benchmarks/results/h200-27B-16-layers-again/serve.md)), {memory_of(whole)}
+that timing left there. (What PyTorch holds beyond that, to give it out later, is another start's affair: with 16 layers
+{held(twice, OFF)} for one engine of stock, {held(twice, OFF + SECOND)} for the other, {held(twice, FUSED)} with fused
+and {held(twice, DUAL_STREAM)} with dual_stream.) They had, with `auto`, {memory_of(whole_again)} (Qwen3.5-27B, second
+run), {memory_of(again)} ([16 layers](benchmarks/results/h200-27B-16-layers-again/serve.md)), {memory_of(whole)}
 (Qwen3.5-27B), {memory_of(awq)} (AWQ), {memory_of(moe)} (35B-A3B, which found its ways timed at an earlier start),
 {memory_of(moe_again)} (35B-A3B, which timed them), {memory_of(fp8_small)} (FP8, 16 layers).
 While it loads, an engine that fuses takes up to 0.5 GiB more, and one layer's projections (worked out, not measured).
@@ -358,6 +362,18 @@ def side_by_side(both: EngineRun, twice: EngineRun) -> str:
     return "\n".join(lines)
 
 
+def unclear(run: EngineRun) -> int:
+    """In how many cases of TPOT, over all engines but the first, no difference from stock is shown."""
+    names = [name for name in run.variants if name != OFF]
+    found = [changes(run, "tpot_ms", case, name) for case in run.cases("tpot_ms") for name in names]
+    return sum(change is None or not change.shows_difference for change in found)
+
+
+def held(run: EngineRun, name: str) -> str:
+    (found,) = run.values("reserved_mib", START, name).values()
+    return f"{found:.0f} MiB"
+
+
 def change(run: EngineRun, metric: str, case: str, name: str) -> str:
     return shown(changes(run, metric, case, name))
 
@@ -458,7 +474,7 @@ def same_work(name: str) -> str:
     most: dict[int, float] = {}
     for row in json.loads((RESULTS / f"h200-same-work-{name}.json").read_text())["rows"]:
         most[row["tokens"]] = max(most.get(row["tokens"], 0.0), max(row["us"]) / min(row["us"]))
-    return ", ".join(f"{100 * (ratio - 1):.0f} % at {tokens}" for tokens, ratio in most.items()) + " tokens"
+    return ", ".join(f"{100 * (ratio - 1):.1f} % at {tokens}" for tokens, ratio in most.items()) + " tokens"
 
 
 def beside_dual_stream(run: Run) -> dict[tuple[Shape, int], float]:

@@ -1,6 +1,7 @@
 """One weight behind both projections', so that one GEMM gives both results."""
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -51,7 +52,8 @@ class Allocation:
         self.layers = layers
         self.left = list(torch.zeros((layers, *shape), dtype=like.dtype, device=like.device))
         self.held_by: weakref.WeakSet[FusedProjections] = weakref.WeakSet()
-        self.finished = False
+        self.settled = False
+        """No layer is moved any more: one may be at work."""
 
     def __deepcopy__(self, memo: Any) -> "Allocation":
         return self  # a copy of a layer has weights of its own, and no part of this
@@ -59,18 +61,29 @@ class Allocation:
     def fits(self, shape: tuple[int, int], like: torch.Tensor) -> bool:
         return bool(self.left) and (self.shape, self.like) == (shape, (like.dtype, like.device))
 
-    def finish(self) -> None:
-        """Called when loading is done, before any layer is at work: give back what no layer came for, or a loader has
-        replaced."""
-        if self.finished:
+    def settle(self) -> None:
+        """Called when loading is done: give back what no layer came for, or a loader has replaced; where there is no
+        memory to move the others, this is kept."""
+        if self.settled:
             return
         kept = [each for each in self.held_by if each._is_in_place()]
         if kept and len(kept) < self.layers:
-            exact = Allocation(self.shape, kept[0].weight, len(kept))
-            for each in kept:
-                each._move(exact)
-            exact.finished = True
-        self.left, self.finished = [], True
+            with suppress(torch.OutOfMemoryError):
+                for each in self.held_by.difference(kept):
+                    each._leave()
+                exact = Allocation(self.shape, kept[0].weight, len(kept))
+                for each in kept:
+                    each._move(exact)
+                exact.settled = True
+        self.left, self.settled = [], True
+
+
+def allocated(shape: tuple[int, int], like: torch.Tensor) -> Allocation:
+    """One with room for a layer or more: for one where there is no memory for more. Raises OutOfMemoryError."""
+    layers = layers_per_allocation(shape[0] * shape[1] * like.itemsize, like.device)
+    with suppress(torch.OutOfMemoryError):
+        return Allocation(shape, like, layers)
+    return Allocation(shape, like, 1)
 
 
 class FusedProjections:
@@ -94,11 +107,8 @@ class FusedProjections:
         replaced, shape = qkvz.weight.data, (rows, qkvz.weight.shape[1])
         global _latest
         latest = _latest() if _latest else None
-        if latest is not None and latest.allocation.fits(shape, replaced):
-            self._move(latest.allocation)
-        else:
-            size = shape[0] * shape[1] * replaced.itemsize
-            self._move(Allocation(shape, replaced, layers_per_allocation(size, replaced.device)))
+        joined = latest.allocation if latest is not None and latest.allocation.fits(shape, replaced) else None
+        self._move(joined or allocated(shape, replaced))
         release_replaced()  # at most one is kept
         self.replaced: torch.Tensor | None = replaced
         _latest = weakref.ref(self)
@@ -116,6 +126,14 @@ class FusedProjections:
         self.allocation, self.weight, self._where = allocation, parameter, where
         self.qkvz.weight.data, self.ba.weight.data = blocks[:2]
 
+    def _leave(self) -> None:
+        """Give the projection that a loader has not replaced a weight of its own again."""
+        storage = self.weight.untyped_storage().data_ptr()
+        for linear in (self.qkvz, self.ba):
+            weight = linear._parameters["weight"]
+            if weight is not None and weight.untyped_storage().data_ptr() == storage:
+                weight.data = weight.data.clone()
+
     def __getattr__(self, name: str) -> Any:
         if name == "qkvz":  # not yet there, as in a copy that is being made
             raise AttributeError(name)
@@ -127,7 +145,7 @@ class FusedProjections:
         self.replaced = None
         if self._loaded:
             return True
-        self.allocation.finish()
+        self.allocation.settle()
         if not self._is_in_place():
             return False
         self.qkvz.quant_method.process_weights_after_loading(self)
@@ -146,6 +164,7 @@ class FusedProjections:
             if self.qkvz._parameters["bias"] is not None or self.ba._parameters["bias"] is not None:
                 return "in_proj_qkvz or in_proj_ba was given a bias after loading"
             if self._is_in_place():
+                self.allocation.settled = True  # for a loader that does not call is_loaded
                 return None
             packed = self._packed_weights()
         except Exception as error:

@@ -179,8 +179,9 @@ def _dtype_name(dtype: Any) -> str:
 def after_loading(layer: Any, action: Callable[[Any], None]) -> Any:
     """A module for ``layer`` to hold, whose ``quant_method`` vLLM's loaders call once the weights are in place.
 
-    All but tensorizer's, after which a layer runs as planned and the report is left out. It has no parameters: vLLM
-    excuses those below a module with such a method where a checkpoint lacks them, so the layer itself must have none.
+    All but tensorizer's, after which a layer runs as planned, the report is left out, and an allocation of fused
+    weights that is not used up stays as it is. It has no parameters: vLLM excuses those below a module with such a
+    method where a checkpoint lacks them, so the layer itself must have none.
     """
     import torch
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase

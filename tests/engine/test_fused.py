@@ -431,17 +431,29 @@ def test_a_shape_has_allocations_of_its_own(projections: Callable[..., tuple[Any
     assert len({a, b, c, d}) == 4
 
 
-def test_a_layer_whose_weight_the_loader_replaced_keeps_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
+@pytest.mark.parametrize("replaced", [0, 1])
+def test_a_layer_whose_weight_the_loader_replaced_keeps_no_place(
+    projections: Callable[..., tuple[Any, Any]], replaced: int
+) -> None:
+    from torch.multiprocessing.reductions import StorageWeakRef
+
     from vllm_gdn_plugin.fused import FusedProjections
 
     pairs = [projections() for _ in range(3)]
     fused = [FusedProjections(*pair) for pair in pairs]
-    theirs = torch.nn.Parameter(torch.ones(BA, HIDDEN), requires_grad=False)
-    pairs[1][1].weight = theirs
+    old = StorageWeakRef(fused[0].weight.untyped_storage())
+    other = 1 - replaced
+    theirs, kept = torch.nn.Parameter(torch.ones_like(pairs[1][replaced].weight)), pairs[1][other].weight
+    content = kept.clone()
+    pairs[1][replaced].weight = theirs
     assert [one.is_loaded() for one in fused] == [True, False, True]
-    assert pairs[1][1].weight is theirs
     assert [layers_held(fused[i].weight) for i in (0, 2)] == [2, 2]
     assert storages(fused)[0] == storages(fused)[2]
+    del fused[1]  # as the layer does
+    assert old.expired()
+    assert pairs[1][replaced].weight is theirs
+    assert pairs[1][other].weight is kept
+    assert torch.equal(kept, content)
 
 
 def test_a_layer_that_is_gone_keeps_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
@@ -453,26 +465,61 @@ def test_a_layer_that_is_gone_keeps_no_place(projections: Callable[..., tuple[An
     assert [layers_held(one.weight) for one in fused] == [2, 2]
 
 
-def test_where_there_is_no_memory_to_give_room_back_the_layers_are_as_they_were(
+def out_of_memory_for(patch: pytest.MonkeyPatch, *layers: int) -> None:
+    """Have an allocation for so many layers fail."""
+    actual = torch.zeros
+
+    def fail(size: Any, **options: Any) -> Any:
+        if size[0] in layers:
+            raise torch.OutOfMemoryError("planted by the test")
+        return actual(size, **options)
+
+    patch.setattr(torch, "zeros", fail)
+
+
+def test_where_there_is_no_memory_to_give_room_back_it_is_kept(
     projections: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm_gdn_plugin.fused import FusedProjections
 
-    def fail(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("planted by the test")
-
     fused = [FusedProjections(*projections()) for _ in range(2)]
     before = [(one.weight, one.weight.clone(), one.qkvz.weight.data_ptr()) for one in fused]
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "zeros", fail)
-        with pytest.raises(torch.OutOfMemoryError):
-            fused[0].is_loaded()
+    out_of_memory_for(monkeypatch, 2)
+    assert all(one.is_loaded() for one in fused)
     for one, (weight, content, where) in zip(fused, before, strict=True):
         assert one.weight is weight
         assert torch.equal(one.weight, content)
         assert one.qkvz.weight.data_ptr() == where
-    assert fused[1].is_loaded()
-    assert [layers_held(one.weight) for one in fused] == [2, 2]
+
+
+@pytest.mark.parametrize("fitting", [0, 1])
+def test_where_there_is_no_memory_for_several_layers_each_has_its_own(
+    projections: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, fitting: int
+) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    out_of_memory_for(monkeypatch, 3, *([] if fitting else [1]))
+    if fitting:
+        fused = [FusedProjections(*projections()) for _ in range(2)]
+        assert [layers_held(one.weight) for one in fused] == [1, 1]
+        assert all(one.is_loaded() for one in fused)
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            FusedProjections(*projections())
+
+
+def test_a_layer_at_work_is_not_moved_though_no_loader_told_that_it_is_loaded(
+    projections: Callable[..., tuple[Any, Any]],
+) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    qkvz, ba = projections()
+    at_work = FusedProjections(qkvz, ba)
+    before = at_work.weight.data_ptr()
+    assert at_work.why_broken(SimpleNamespace(in_proj_qkvz=qkvz, in_proj_ba=ba), torch.empty(0)) is None
+    late = FusedProjections(*projections())
+    assert late.is_loaded()
+    assert at_work.weight.data_ptr() == before
 
 
 def test_a_copy_takes_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
