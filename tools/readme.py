@@ -151,12 +151,13 @@ def in_short(bf16: Run, fp8: Run) -> str:
     long = [changes(run, "ttft_ms", "8192 in", AUTO) for run in runs]
     assert all(change is not None and change.low <= 0 for change in long), "see the text below"
     both = served("27B-32-layers-fused-dual-stream")
-    return f"""In short, on an {bf16.machine.hardware}: the two projections take {savings(bf16, FUSED)} % less time in bf16
-with fused, {savings(fp8, DUAL_STREAM)} % with FP8 and dual_stream, at 1 to {FEW} tokens. They are a part of a decode step:
-in whole engines with `auto` it is {min(faster):.1f} to {max(faster):.1f} % shorter at {len(faster)} of {len(found)}
-points, 1 to 16 requests, with no difference shown at the rest. A prompt of 8192 tokens takes no longer to its first token; what
-shorter ones take cannot be told. GPU memory, of some 30 GiB: {memory_of(both, FUSED).partition(" MiB ")[2]} with fused,
-{memory_of(both, DUAL_STREAM).partition(" MiB ")[2]} with dual_stream. All of it with what speaks against it:"""
+    return f"""In short, on an {bf16.machine.hardware}: the two projections take {savings(bf16, FUSED)} % less time in
+bf16 with fused, {savings(fp8, DUAL_STREAM)} % with FP8 and dual_stream, at 1 to {FEW} tokens. They are a part of a
+decode step: in whole engines with `auto` it is {min(faster):.1f} to {max(faster):.1f} % shorter at {len(faster)} of
+{len(found)} points, 1 to 16 requests, with no difference shown at the rest. A prompt of 8192 tokens takes no longer to
+its first token; what shorter ones take cannot be told. GPU memory, of some 30 GiB:
+{memory_of(both, FUSED).partition(" MiB ")[2]} with fused, {memory_of(both, DUAL_STREAM).partition(" MiB ")[2]} with
+dual_stream. All of it with what speaks against it:"""
 
 
 FEW = 64
