@@ -14,11 +14,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from shape_command import parser_for_shapes, run_script, shapes_of, written_below
+from shape_command import parser_for_shapes, result_of, run_script, shapes_of, written_below
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -203,14 +202,8 @@ def run(task: argparse.Namespace, command: str) -> int:
     path = task.output / "fp8-addresses.json"
     machine = describe_machine(task.device)
     with written_below(task.output):
-        result = {
-            "command": command,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "places": task.places,
-            "rounds": task.rounds,
-            "machine": asdict(machine),
-            "rows": list(measure(CudaTimer() if task.device == "cuda" else CpuTimer(), task, machine)),
-        }
+        rows = measure(CudaTimer() if task.device == "cuda" else CpuTimer(), task, machine)
+        result = result_of(command, machine, rows, places=task.places, rounds=task.rounds)
         path.write_text(json.dumps(result) + "\n")
         text = markdown(result)
         path.with_suffix(".md").write_text(text + "\n")

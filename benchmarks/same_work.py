@@ -13,12 +13,10 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from shape_command import parser_for_shapes, run_script, shapes_of, written_below
+from shape_command import parser_for_shapes, result_of, run_script, shapes_of, written_below
 
 from vllm_gdn_plugin.bench import quantized, strategies
 from vllm_gdn_plugin.bench.errors import BadInput
@@ -88,14 +86,8 @@ def run(task: argparse.Namespace, command: str) -> int:
     require_device(task.device)
     machine = describe_machine(task.device)
     with written_below(task.output):
-        result = {
-            "command": command,
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "rounds": task.rounds,
-            "own_layers": task.own_layers,
-            "machine": asdict(machine),
-            "rows": list(measure(CudaTimer() if task.device == "cuda" else CpuTimer(), task)),
-        }
+        rows = measure(CudaTimer() if task.device == "cuda" else CpuTimer(), task)
+        result = result_of(command, machine, rows, rounds=task.rounds, own_layers=task.own_layers)
         (task.output / "same-work.json").write_text(json.dumps(result, indent=1) + "\n")
     for row in result["rows"]:
         print(f"{row['shape']}, {row['tokens']} tokens, {row['way']}: {max(row['us']) / min(row['us']):.3f}")

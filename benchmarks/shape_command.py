@@ -3,11 +3,15 @@
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
+from vllm_gdn_plugin.bench.results import Machine
 from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, counts, distinct, preset_shapes, shape_of_text
 
 
@@ -29,6 +33,12 @@ def shapes_of(options: argparse.Namespace) -> list[Shape]:
     whole = distinct(map(shape_of_text, options.shape) if options.shape else preset_shapes(options.preset))
     sizes = counts("--tensor-parallel-size", options.tensor_parallel_size)
     return [shape.split(size) for shape in whole for size in sizes]
+
+
+def result_of(command: str, machine: Machine, rows: Iterable[dict[str, Any]], **more: object) -> dict[str, Any]:
+    """What is written as JSON: ``rows``, measured as they are asked for, and what they were measured with."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"command": command, "date": date, **more, "machine": asdict(machine), "rows": list(rows)}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def test_the_triton_candidates_compute_the_projection(tmp_path: Path) -> None:
         ("fp8_addresses", ("--places", "0"), "--places '0' is not"),
         ("fp8_addresses", ("--rounds", "1,2"), "--rounds '1,2' is not one number"),
         ("same_work", ("--graphs", "none"), "--graphs 'none' is not"),
+        ("fused_rows", ("--multiples", "0"), "--multiples '0' is not"),
         ("same_work", ("--quantization", "fp8"), "--quantization fp8 needs --device cuda"),
     ],
 )
@@ -255,7 +257,7 @@ def test_the_same_work_is_timed_in_several_graphs(
 
 
 @needs_bench
-@pytest.mark.parametrize("name", ["fp8_addresses", "narrow_kernel", "same_work"])
+@pytest.mark.parametrize("name", ["fp8_addresses", "fused_rows", "narrow_kernel", "same_work"])
 def test_an_output_that_cannot_be_made_gets_one_line(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,6 +265,34 @@ def test_an_output_that_cannot_be_made_gets_one_line(
     options = ("--shape", "256,512,16", "--device", "cpu", "--output", str(tmp_path / "file" / "below"))
     assert importlib.import_module(name).main(options) == 2
     assert capsys.readouterr().err == f"{name}.py: --output {tmp_path}/file/below cannot be written: Not a directory\n"
+
+
+# fused_rows.py
+
+
+@needs_bench
+def test_each_number_of_rows_that_padding_gives_is_timed_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fused_rows
+
+    called = set()
+
+    def gemm(rows: int, weight: Any, hidden_states: Any) -> Any:
+        called.add((rows, tuple(weight.shape), tuple(actual(rows, weight, hidden_states).shape)))
+
+    actual = fused_rows.gemm
+    monkeypatch.setattr(fused_rows, "gemm", gemm)
+    options = ("--shape", "64,96,8", "--tensor-parallel-size", "1", "--tokens", "3", "--multiples", "8,16,32,64")
+    assert fused_rows.main([*options, "--rounds", "2", "--device", "cpu", "--output", str(tmp_path)]) == 0
+    sizes = (96, 104, 112, 128)
+    assert called == {(rows, (128, 64), (3, rows)) for rows in sizes}
+    (row,) = json.loads((tmp_path / "fused-rows.json").read_text())["rows"]
+    assert list(map(int, row["samples_us"])) == list(sizes)
+    assert all(len(samples) == 2 for samples in row["samples_us"].values())
+    last = (tmp_path / "fused-rows.md").read_text().splitlines()[-1]
+    assert re.findall(r" (\d+), [\d.]+ \([\d.]+x\)", last) == ["104", "112", "128", "128"]
+    assert capsys.readouterr().out.splitlines()[-1] == last
 
 
 # timeline.py
