@@ -200,7 +200,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def run(task: argparse.Namespace, command: str) -> int:
     require_device(task.device)
     path = task.output / "fp8-addresses.json"
-    machine = describe_machine(task.device)
+    machine = describe_machine(task.device, bandwidth=True)
     with written_below(task.output):
         rows = measure(CudaTimer() if task.device == "cuda" else CpuTimer(), task, machine)
         result = result_of(command, machine, rows, places=task.places, rounds=task.rounds)

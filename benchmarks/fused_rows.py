@@ -2,9 +2,10 @@
 
     python benchmarks/fused_rows.py --output DIRECTORY [--preset NAME] [--tokens N,...] [--multiples N,...] [--rounds N]
 
-cuBLAS chooses its kernel by the shape, so a few rows of zeros more may be faster. Beside `in_proj_qkvz` alone, each
-number of rows is timed that padding to one of the multiples gives; the kernel of each is noted. Writes
-DIRECTORY/fused-rows.json and .md. Without a GPU, where no kernel is noted: `--device cpu --shape 256,512,16`.
+cuBLAS chooses its kernel by the shape, so a few rows more may be faster. Beside `in_proj_qkvz` alone, each number of
+rows is timed that padding to one of the multiples gives. Once all are timed and written, the kernel of each is noted as
+well: a GPU that has been profiled may be slower. Writes DIRECTORY/fused-rows.json and .md. Without a GPU, where no
+kernel is noted: `--device cpu --shape 256,512,16`.
 """
 
 import argparse
@@ -51,13 +52,17 @@ def gemm(rows: int, weight: torch.Tensor, hidden_states: torch.Tensor) -> torch.
     return F.linear(hidden_states, weight[:rows])
 
 
+def sizes_of(shape: Shape, multiples: Sequence[int]) -> list[int]:
+    """The numbers of rows that are timed, the most last."""
+    return sorted({shape.qkvz, *(padded(shape.qkvz + shape.ba, multiple) for multiple in multiples)})
+
+
 def measure(timer: Timer, task: argparse.Namespace, machine: Machine) -> Iterator[Row]:
-    """A row for each shape and number of tokens: by the number of rows, the samples in us a layer, and the kernels."""
+    """A row for each shape and number of tokens: by the number of rows, the samples in us a layer."""
     torch.manual_seed(SEED)
     with torch.no_grad(), tqdm(total=len(task.shapes) * len(task.tokens)) as progress:
         for shape in task.shapes:
-            both = shape.qkvz + shape.ba
-            sizes = sorted({shape.qkvz, *(padded(both, multiple) for multiple in task.multiples)})
+            sizes = sizes_of(shape, task.multiples)
             make = partial(random_weight, sizes[-1], shape.hidden, torch.bfloat16, task.device)
             first = make()
             layers = [first]
@@ -74,11 +79,19 @@ def measure(timer: Timer, task: argparse.Namespace, machine: Machine) -> Iterato
                     "shape": asdict(shape),
                     "tokens": tokens,
                     "samples_us": {rows: [value / len(layers) for value in found] for rows, found in samples.items()},
-                    "kernels": {rows: kernels_of(partial(gemm, rows, first, x)) for rows in sizes}
-                    if task.device == "cuda"
-                    else {},
                 }
                 progress.update()
+
+
+def note_kernels(rows: Sequence[Row], multiples: Sequence[int], device: str) -> None:
+    """Add to each row the names of the kernels of each GEMM."""
+    with torch.no_grad():
+        for row in rows:
+            shape = Shape(**row["shape"])
+            sizes = sizes_of(shape, multiples)
+            weight = random_weight(sizes[-1], shape.hidden, torch.bfloat16, device)
+            x = torch.randn(row["tokens"], shape.hidden, dtype=torch.bfloat16, device=device)
+            row["kernels"] = {str(size): kernels_of(partial(gemm, size, weight, x)) for size in sizes}
 
 
 def markdown(result: Mapping[str, Any]) -> str:
@@ -122,13 +135,17 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 def run(task: argparse.Namespace, command: str) -> int:
     require_device(task.device)
-    machine = describe_machine(task.device)
+    machine = describe_machine(task.device, bandwidth=True)
     with written_below(task.output):
         rows = measure(CudaTimer() if task.device == "cuda" else CpuTimer(), task, machine)
         result = result_of(command, machine, rows, multiples=task.multiples, rounds=task.rounds)
-        (task.output / "fused-rows.json").write_text(json.dumps(result, indent=1) + "\n")
+        path = task.output / "fused-rows.json"
+        path.write_text(json.dumps(result) + "\n")
         text = markdown(result)
-        (task.output / "fused-rows.md").write_text(f"{text}\n")
+        path.with_suffix(".md").write_text(f"{text}\n")
+        if task.device == "cuda":
+            note_kernels(result["rows"], task.multiples, task.device)
+            path.write_text(json.dumps(result) + "\n")
     print(text)
     return 0
 

@@ -67,10 +67,10 @@ class Allocation:
         if self.settled:
             return
         kept = [each for each in self.held_by if each._is_in_place()]
-        if kept and len(kept) < self.layers:
-            with suppress(torch.OutOfMemoryError):
-                for each in self.held_by.difference(kept):
-                    each._leave()
+        with suppress(torch.OutOfMemoryError):
+            for each in self.held_by.difference(kept):
+                each._leave()
+            if kept and len(kept) < self.layers:
                 exact = Allocation(self.shape, kept[0].weight, len(kept))
                 for each in kept:
                     each._move(exact)
@@ -130,7 +130,7 @@ class FusedProjections:
         """Give the projection that a loader has not replaced a weight of its own again."""
         storage = self.weight.untyped_storage().data_ptr()
         for linear in (self.qkvz, self.ba):
-            weight = linear._parameters["weight"]
+            weight = linear._parameters.get("weight")
             if weight is not None and weight.untyped_storage().data_ptr() == storage:
                 weight.data = weight.data.clone()
 
@@ -190,7 +190,7 @@ class FusedProjections:
 
     def _is_in_place(self) -> bool:
         # Both from where nn.Module keeps them: its __getattr__ would be a large part of what a call costs.
-        qkvz, ba = self.qkvz._parameters["weight"], self.ba._parameters["weight"]
+        qkvz, ba = self.qkvz._parameters.get("weight"), self.ba._parameters.get("weight")
         if qkvz is None or ba is None:
             return False
         # vLLM's parameters are of a subclass: each attribute would go through its __torch_function__, in Python.

@@ -456,6 +456,26 @@ def test_a_layer_whose_weight_the_loader_replaced_keeps_no_place(
     assert torch.equal(kept, content)
 
 
+def test_layers_that_all_have_one_weight_replaced_or_deleted_keep_no_allocation(
+    projections: Callable[..., tuple[Any, Any]],
+) -> None:
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    pairs = [projections() for _ in range(3)]
+    fused = [FusedProjections(*pair) for pair in pairs]
+    old = StorageWeakRef(fused[0].weight.untyped_storage())
+    for qkvz, _ in pairs[:2]:
+        qkvz.weight = torch.nn.Parameter(torch.ones_like(qkvz.weight))
+    del pairs[2][0].weight
+    want = [ba.weight.clone() for _, ba in pairs]
+    assert not any(one.is_loaded() for one in fused)
+    fused.clear()
+    assert old.expired()
+    assert all(torch.equal(ba.weight, rows) for (_, ba), rows in zip(pairs, want, strict=True))
+
+
 def test_a_layer_that_is_gone_keeps_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
     from vllm_gdn_plugin.fused import FusedProjections
 

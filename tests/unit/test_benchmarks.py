@@ -295,6 +295,17 @@ def test_each_number_of_rows_that_padding_gives_is_timed_once(
     assert capsys.readouterr().out.splitlines()[-1] == last
 
 
+@needs_bench
+def test_the_kernels_of_each_number_of_rows_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fused_rows
+
+    monkeypatch.setattr(fused_rows, "kernels_of", lambda call: [str(tuple(call().shape))])
+    shape = {"name": "", "hidden": 64, "qkvz": 96, "ba": 8, "tensor_parallel_size": 1}
+    rows: list[dict[str, Any]] = [{"shape": shape, "tokens": 3}]
+    fused_rows.note_kernels(rows, [16, 32], "cpu")
+    assert rows[0]["kernels"] == {"96": ["(3, 96)"], "112": ["(3, 112)"], "128": ["(3, 128)"]}
+
+
 # timeline.py
 
 STOCK = [("norm", 7, 95.0, 5.0), ("wide", 7, 100.0, 20.0), ("narrow", 7, 121.0, 6.0), ("rest", 7, 128.0, 10.0)]
