@@ -49,7 +49,7 @@ from vllm_gdn_plugin.plan import AUTO
 
 PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
-START_OF = "-"
+BEFORE_NUMBER = "-"
 """Between a variant's name and the number of its start, from the second on."""
 VOCABULARY = 256
 """Prompts are of the ids below it."""
@@ -206,7 +206,7 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
                 stock = stock or found
                 if name != OFF:
                     run.verified[name] = verified(name, stock, found)
-                if line := require_at_work(name.partition(START_OF)[0], this.log_path.read_text(errors="replace")):
+                if line := require_at_work(name.partition(BEFORE_NUMBER)[0], this.log_path.read_text(errors="replace")):
                     run.said[name] = line
             engines |= started
         for this in engines.values():  # each case once, untimed
@@ -232,7 +232,7 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
 def started_often(found: Mapping[str, dict[str, str]], starts: int) -> dict[str, dict[str, str]]:
     """The variants, and all of them once more for each further start."""
     return {
-        name if start == 1 else f"{name}{START_OF}{start}": settings
+        name if start == 1 else f"{name}{BEFORE_NUMBER}{start}": settings
         for start in range(1, starts + 1)
         for name, settings in found.items()
     }

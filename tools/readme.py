@@ -23,6 +23,7 @@ from vllm_gdn_plugin.bench.engine.variants import OFF
 from vllm_gdn_plugin.bench.report import load
 from vllm_gdn_plugin.bench.results import Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import Shape
+from vllm_gdn_plugin.bench.stats import Change
 from vllm_gdn_plugin.bench.table import about_machine
 from vllm_gdn_plugin.contract import GDN_CLASSES
 from vllm_gdn_plugin.plan import AUTO, DUAL_STREAM, FUSED, NARROW_KERNEL, NARROW_KERNEL_MAX_TOKENS, RULES, SERIAL
@@ -82,6 +83,11 @@ def results() -> str:
     assert not slower_than_serial(bf16) + slower_than_serial(fp8), "see the text below"
     narrow = beside_dual_stream(fp8)
     at_8, elsewhere, others, places = by_address()
+    for name in ("fp8-addresses", "same-work-fp8", "same-work-bfloat16", "same-work-own-layers"):
+        where_from = Machine(**json.loads((RESULTS / f"h200-{name}.json").read_text())["machine"])
+        assert (where_from.hardware, versions(where_from)) == (machine.hardware, versions(machine)), (
+            "see the text below"
+        )
     return f"""{in_short(bf16, fp8)}
 
 Time of the two projections of one layer that is saved, stock vLLM's serial projections = 0, median of
@@ -166,9 +172,14 @@ FEW = 64
 """Tokens, up to which the ranges in short go."""
 
 
+def allocated(run: EngineRun, name: str) -> float:
+    """MiB, once the engine has started."""
+    (found,) = run.values("allocated_mib", START, name).values()
+    return found
+
+
 def more_memory(run: EngineRun, name: str) -> str:
-    (stock,), (ours,) = (run.values("allocated_mib", START, each).values() for each in (OFF, name))
-    return f"{ours - stock:+.0f} MiB"
+    return f"{allocated(run, name) - allocated(run, OFF):+.0f} MiB"
 
 
 def savings(run: Run, strategy: str, tensor_parallel_size: int) -> str:
@@ -231,8 +242,8 @@ beside stock in one run, with [32 of 64 layers](benchmarks/results/h200-27B-32-l
 
 {side_by_side(both, twice)}
 
-With 16 layers the rounds scatter: the intervals of the paired means are 0.7 to 2.7 % wide to either side, and hold 0 in
-{unclear(twice)} of 20 cells with the plugin. In an [older
+With 16 layers the rounds scatter: the intervals of the paired means are {widths(twice)} % wide to either side, and hold
+0 in {unclear(twice)} of 20 cells with the plugin. In an [older
 run](benchmarks/results/h200-27B-16-layers-in-process/serve.md) of one engine each, dual_stream was ahead of fused by
 0.1 to 0.4 % of TPOT at 1 to 8 requests. Where the rest is lost is not known: in
 [traces](benchmarks/results/h200-decode-27B.md) the layer takes as much less time as the projections have it. With FP8,
@@ -346,7 +357,7 @@ MODELS = {
 
 
 def memory_of(run: EngineRun, name: str = AUTO) -> str:
-    (stock,), (ours,) = (run.values("allocated_mib", START, each).values() for each in (OFF, name))
+    stock, ours = allocated(run, OFF), allocated(run, name)
     return f"{stock:.0f} MiB {ours - stock:+.0f} MiB, {100 * (ours / stock - 1):.2f} %"
 
 
@@ -401,11 +412,22 @@ def side_by_side(both: EngineRun, twice: EngineRun) -> str:
     return "\n".join(lines)
 
 
-def unclear(run: EngineRun) -> int:
-    """In how many cases of TPOT, over all engines with the plugin, no difference from stock is shown."""
+def with_the_plugin(run: EngineRun) -> list[Change]:
+    """How TPOT changes, for all engines with the plugin and all numbers of requests."""
     names = [name for name in run.variants if not name.startswith(OFF)]
     found = [changes(run, "tpot_ms", case, name) for case in run.cases("tpot_ms") for name in names]
-    return sum(change is None or not change.shows_difference for change in found)
+    return [change for change in found if change is not None]
+
+
+def unclear(run: EngineRun) -> int:
+    """How many of them show no difference from stock."""
+    return sum(not change.shows_difference for change in with_the_plugin(run))
+
+
+def widths(run: EngineRun) -> str:
+    """Half of their intervals, the least to the most."""
+    found = [(change.high - change.low) / 2 for change in with_the_plugin(run)]
+    return f"{min(found):.1f} to {max(found):.1f}"
 
 
 def held(run: EngineRun, name: str) -> str:
@@ -492,8 +514,8 @@ def slower_than_serial(run: Run) -> list[Point]:
 
 
 def versions(machine: Machine) -> Machine:
-    """The machine but for what differs from one of its GPUs to the next, and how many it has."""
-    return replace(machine, hardware="", bandwidth_gb_s=None)
+    """The machine but for how many GPUs it has, what differs from one to the next, and what is not always asked."""
+    return replace(machine, hardware="", bandwidth_gb_s=None, l2_cache_bytes=0)
 
 
 def by_address() -> tuple[float, float, float, int]:

@@ -1,4 +1,4 @@
-"""One weight behind both projections', so that one GEMM gives both results."""
+"""The one weight of a layer's two projections, for one GEMM that gives both results, and how it is allocated."""
 
 import weakref
 from contextlib import suppress
