@@ -1,17 +1,14 @@
 """The one weight of a layer's two projections, for one GEMM that gives both results, and how it is allocated."""
 
 import weakref
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
 import torch
 
+from vllm_gdn_plugin.plan import FUSED, rows_by_way
 from vllm_gdn_plugin.report import unexpected
-
-ROW_ALIGNMENT = 16
-"""Output rows are padded to a multiple of this many elements: the consumers' Triton kernels load vectors only where
-the row stride is divisible by 16."""
-
 
 SAME = 0.01
 """Two results of the same weights in bf16 differ by less than this share of their norm."""
@@ -20,17 +17,22 @@ ROUNDED_TO, ROUNDED_FROM = 2 * 2**20, 10 * 2**20
 """Bytes: PyTorch's CUDA allocator takes more than the second from the GPU by multiples of the first. Of what is over,
 no other weight is given a part: vLLM loads with ``max_split_size_mb:20``."""
 
-MAX_ALLOCATION = 512 * 2**20
-"""Bytes that are allocated at once for more than one layer, at the most."""
+MAX_LAYERS = 8
+"""How many layers' weights are allocated at once, at the most: while a model is loaded, room for those to come is taken
+already."""
 
 _latest: "weakref.ref[FusedProjections] | None" = None
 
 
-def layers_per_allocation(size: int, device: torch.device) -> int:
-    """For how many layers to allocate ``size`` bytes each at once, that the least be lost to rounding."""
-    if device.type != "cuda" or size <= ROUNDED_FROM:
-        return 1
-    return min(range(1, max(MAX_ALLOCATION // size, 1) + 1), key=lambda count: -count * size % ROUNDED_TO)
+def layers_per_allocation(size: int, beyond: int, device: torch.device) -> int:
+    """For how many layers to allocate ``size`` bytes each at once, and ``beyond`` after the last, that each lose the
+    least to that and to rounding."""
+
+    def lost(layers: int) -> float:
+        taken = layers * size + beyond
+        return (beyond + (-taken % ROUNDED_TO if taken > ROUNDED_FROM else 0)) / layers
+
+    return min(range(1, MAX_LAYERS + 1), key=lost) if device.type == "cuda" else 1
 
 
 def release_replaced() -> None:
@@ -45,12 +47,20 @@ def release_replaced() -> None:
 
 
 class Allocation:
-    """Weights of one shape for several layers, of which each new layer is given the next."""
+    """Weights of one shape for several layers, of which each new layer is given the next.
 
-    def __init__(self, shape: tuple[int, int], like: torch.Tensor, layers: int) -> None:
-        self.shape, self.like = shape, (like.dtype, like.device)
-        self.layers = layers
-        self.left = list(torch.zeros((layers, *shape), dtype=like.dtype, device=like.device))
+    Args:
+        rows: of one layer's weight.
+        reach: rows that a layer's GEMM may read from the first of its own on: those in addition are the next layer's,
+            or nobody's.
+        like: a weight (out, hidden_size).
+    """
+
+    def __init__(self, rows: int, reach: int, like: torch.Tensor, layers: int) -> None:
+        self.kind = (rows, reach, like.shape[1], like.dtype, like.device)
+        self.rows, self.reach, self.layers = rows, reach, layers
+        every = torch.zeros(layers * rows + reach - rows, like.shape[1], dtype=like.dtype, device=like.device)
+        self.left = [every[layer * rows :][:reach] for layer in range(layers)]
         self.held_by: weakref.WeakSet[FusedProjections] = weakref.WeakSet()
         self.settled = False
         """No layer is moved any more: one may be at work."""
@@ -58,8 +68,8 @@ class Allocation:
     def __deepcopy__(self, memo: Any) -> "Allocation":
         return self  # a copy of a layer has weights of its own, and no part of this
 
-    def fits(self, shape: tuple[int, int], like: torch.Tensor) -> bool:
-        return bool(self.left) and (self.shape, self.like) == (shape, (like.dtype, like.device))
+    def fits(self, rows: int, reach: int, like: torch.Tensor) -> bool:
+        return bool(self.left) and self.kind == (rows, reach, like.shape[1], like.dtype, like.device)
 
     def settle(self) -> None:
         """Called when loading is done: give back what no layer came for, or a loader has replaced; where there is no
@@ -71,19 +81,27 @@ class Allocation:
             for each in self.held_by.difference(kept):
                 each._leave()
             if kept and len(kept) < self.layers:
-                exact = Allocation(self.shape, kept[0].weight, len(kept))
+                exact = Allocation(self.rows, self.reach, kept[0].weight, len(kept))
                 for each in kept:
                     each._move(exact)
                 exact.settled = True
         self.left, self.settled = [], True
 
 
-def allocated(shape: tuple[int, int], like: torch.Tensor) -> Allocation:
+def allocated(rows: int, reach: int, like: torch.Tensor) -> Allocation:
     """One with room for a layer or more: for one where there is no memory for more. Raises OutOfMemoryError."""
-    layers = layers_per_allocation(shape[0] * shape[1] * like.itemsize, like.device)
+    row = like.shape[1] * like.itemsize
+    layers = layers_per_allocation(rows * row, (reach - rows) * row, like.device)
     with suppress(torch.OutOfMemoryError):
-        return Allocation(shape, like, layers)
-    return Allocation(shape, like, 1)
+        return Allocation(rows, reach, like, layers)
+    return Allocation(rows, reach, like, 1)
+
+
+class Views(dict[str, torch.Tensor]):
+    """Of weights, which are not copied with a layer: what is copied has weights of its own, and does not use these."""
+
+    def __deepcopy__(self, memo: Any) -> "Views":
+        return self
 
 
 class FusedProjections:
@@ -94,29 +112,31 @@ class FusedProjections:
 
     Args:
         qkvz, ba: vLLM's linear layers, unquantised, with weights (out, in) of one dtype and device.
+        ways: in which the layer may be run. With those in which the one GEMM has more rows, so has every result.
     """
 
-    def __init__(self, qkvz: Any, ba: Any) -> None:
+    def __init__(self, qkvz: Any, ba: Any, ways: Collection[str] = ()) -> None:
         self.qkvz, self.ba = qkvz, ba
         self.sizes = (qkvz.weight.shape[0], ba.weight.shape[0])
-        rows = -sum(self.sizes) % ROW_ALIGNMENT + sum(self.sizes)
-        self.padding = rows - sum(self.sizes)
+        self.rows = {way: n for way, n in rows_by_way(sum(self.sizes)).items() if way == FUSED or way in ways}
+        self.padding = max(self.rows.values()) - sum(self.sizes)
         self._packed: tuple[Any, Any] | None = None
         self._loaded = False
         self.broken = False
-        replaced, shape = qkvz.weight.data, (rows, qkvz.weight.shape[1])
+        replaced, sizes = qkvz.weight.data, (self.rows[FUSED], max(self.rows.values()))
         global _latest
         latest = _latest() if _latest else None
-        joined = latest.allocation if latest is not None and latest.allocation.fits(shape, replaced) else None
-        self._move(joined or allocated(shape, replaced))
+        joined = latest.allocation if latest is not None and latest.allocation.fits(*sizes, replaced) else None
+        self._move(joined or allocated(*sizes, replaced))
         release_replaced()  # at most one is kept
         self.replaced: torch.Tensor | None = replaced
         _latest = weakref.ref(self)
 
     def _move(self, allocation: Allocation) -> None:
         """Take the next weight of ``allocation``, with the content of the projections' own."""
-        weight = allocation.left[-1]
-        blocks = weight.split([*self.sizes, self.padding])
+        reached = allocation.left[-1]
+        weight = reached[: allocation.rows]
+        blocks = weight.split([*self.sizes, allocation.rows - sum(self.sizes)])
         for linear, block in zip((self.qkvz, self.ba), blocks, strict=False):
             block.copy_(linear.weight.data)
         parameter = torch.nn.Parameter(weight, requires_grad=False)
@@ -124,6 +144,8 @@ class FusedProjections:
         allocation.left.pop()  # where a step before fails, everything is as it was
         allocation.held_by.add(self)
         self.allocation, self.weight, self._where = allocation, parameter, where
+        rows = self.rows if len(self.rows) > 1 else {}
+        self._read_by = Views({way: reached[:n].t() for way, n in rows.items()})
         self.qkvz.weight.data, self.ba.weight.data = blocks[:2]
 
     def _leave(self) -> None:
@@ -173,9 +195,13 @@ class FusedProjections:
             return None
         return "the weight of in_proj_qkvz or in_proj_ba was replaced or moved after loading"
 
-    def apply(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def apply(self, hidden_states: torch.Tensor, way: str = FUSED) -> torch.Tensor:
         """Both projections of ``hidden_states`` (num_tokens, hidden_size): (num_tokens, qkvz + ba + padding)."""
-        return self.qkvz.quant_method.apply(self, hidden_states)
+        if not self._read_by:
+            return self.qkvz.quant_method.apply(self, hidden_states)
+        both, *_ = self.result_for(hidden_states)
+        torch.mm(hidden_states, self._read_by[way], out=both[:, : self.rows[way]])
+        return both
 
     def result_for(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What :meth:`apply` gives, yet to be computed, and its blocks for ``in_proj_qkvz`` and ``in_proj_ba``."""

@@ -90,18 +90,17 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
             raise Refused(chosen.reason)
         after_loading = host.after_loading(layer, partial(loaded, settings, platform))
         layer.gdn_max_tokens = settings.max_tokens
-        layer.gdn_tuned = {}
+        layer.gdn_tuned, layer.gdn_padding = {}, 0
         layer.gdn_safe_pair = share_no_scratch(facts.qkvz.linear_method, facts.ba.linear_method)
+        ways = tuner.add(layer, facts) if settings.strategy == AUTO and settings.tune else ()
         if chosen.strategy == FUSED:
             from vllm_gdn_plugin.fused import FusedProjections
 
-            layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)
+            layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba, ways)
             layer.gdn_padding = layer.gdn_fused.padding
         host.hold_first(layer, after_loading)
         layer.gdn_strategy = chosen.strategy
-        ledger.record(layer.prefix, chosen.strategy)
-        if settings.strategy == AUTO and settings.tune:
-            tuner.add(layer, facts)
+        ledger.record(layer.prefix, chosen.strategy, layer.gdn_padding)
 
 
 def loaded(settings: Settings, platform: str, layer: Any) -> None:

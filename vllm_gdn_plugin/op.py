@@ -156,19 +156,20 @@ def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerN
     fused = layer.gdn_fused
     if not fused.broken:
         reason = fused.why_broken(layer, hidden_states)
-        if reason is None and timed_faster_apart(layer, hidden_states):
-            return project_fused_apart(layer, hidden_states, fork_and_join(layer, hidden_states))
         if reason is None:
-            return fused.apply(hidden_states)
+            way = way_to_fuse(layer, hidden_states)
+            if way in fused.rows:
+                return fused.apply(hidden_states, way)
+            return project_fused_apart(layer, hidden_states, fork_and_join(layer, hidden_states))
         fused.broken = True
         warn_once("a GDN layer goes back to serial, restart to fuse again", reason)
     return fused.apply_serially(layer, hidden_states)
 
 
-def timed_faster_apart(layer: Any, hidden_states: torch.Tensor) -> bool:
-    """Whether this call is captured in a CUDA graph, and two GEMMs were timed to be faster than one in such a graph."""
-    way = layer.gdn_tuned.get(hidden_states.size(0), FUSED)
-    return bool(way != FUSED and torch.cuda.is_current_stream_capturing())
+def way_to_fuse(layer: Any, hidden_states: torch.Tensor) -> str:
+    """fused, or where this call is captured in a CUDA graph, what was timed to be faster in such a graph."""
+    way: str = layer.gdn_tuned.get(hidden_states.size(0), FUSED)
+    return way if way != FUSED and torch.cuda.is_current_stream_capturing() else FUSED
 
 
 def project_fused_apart(layer: Any, hidden_states: torch.Tensor, overlap: Overlap) -> torch.Tensor:

@@ -13,6 +13,18 @@ NARROW_KERNEL = "narrow_kernel"
 """dual_stream with a kernel of the plugin's own for ``in_proj_ba`` (:mod:`vllm_gdn_plugin.narrow`). It rounds
 differently from cuBLAS's, so only ``auto`` takes it, where it was timed as faster."""
 
+ROW_ALIGNMENT = 16
+"""The outputs of the one GEMM are padded to a multiple of this many: the consumers' Triton kernels load vectors only
+where the row stride is divisible by 16."""
+
+PADDED_TO = {f"fused_to_{multiple}": multiple for multiple in (128, 256, 512)}
+"""fused with a GEMM of some more rows, to a multiple of so many: on an NVIDIA H200 it takes from 0.88 to 1.29 times as
+long, by shape and number of tokens (benchmarks/NOTES.md), so only ``auto`` takes it, where it was timed as faster. The
+rows read in addition are those of the next layer's weight; what they give is not used."""
+
+MOST_PADDING = 0.04
+"""By at most this share of the rows."""
+
 NARROW_KERNEL_MAX_TOKENS = 8
 """With 16, it gained 1 % nowhere beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200, and lost up to 11 %
 (benchmarks/NOTES.md)."""
@@ -180,7 +192,25 @@ def choices(facts: LayerFacts) -> tuple[str, ...]:
     allowed = [strategy for strategy, rules in RULES.items() if all(rule.holds(facts) for rule in rules)]
     if allowed == [DUAL_STREAM] and not facts.batch_invariant:
         allowed.append(NARROW_KERNEL)
+    if FUSED in allowed:
+        allowed[1:1] = list(rows_by_way(facts.qkvz.output_size + facts.ba.output_size))[1:]
     return (*allowed, SERIAL) if allowed else ()
+
+
+def padded(rows: int, multiple: int) -> int:
+    """The least multiple from ``rows`` on."""
+    return rows + -rows % multiple
+
+
+def rows_by_way(outputs: int) -> dict[str, int]:
+    """How many rows the one GEMM has that gives so many outputs, by the ways to run it: ``fused`` first, then each of
+    :data:`PADDED_TO` that has more, but not too many."""
+    found = {FUSED: padded(outputs, ROW_ALIGNMENT)}
+    for way, multiple in PADDED_TO.items():
+        rows = padded(outputs, multiple)
+        if max(found.values()) < rows <= outputs * (1 + MOST_PADDING):
+            found[way] = rows
+    return found
 
 
 def choices_at(ways: tuple[str, ...], num_tokens: int) -> tuple[str, ...]:

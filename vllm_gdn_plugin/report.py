@@ -25,6 +25,8 @@ class Ledger:
         self.layers: dict[str, Callable[[], Any]] = {}
         """Weak references, by name."""
         self.strategies: dict[str, str] = {}
+        self.paddings: dict[str, int] = {}
+        """Outputs that a compiled graph has for nothing: how many depends on what else is done with a layer."""
         self.loading: set[str] = set()
         self.pending: set[str] = set()
 
@@ -43,13 +45,13 @@ class Ledger:
 
     def forget(self, layer_name: str) -> None:
         """A layer is gone, with the engine that it was a part of."""
-        del self.layers[layer_name], self.strategies[layer_name]
+        del self.layers[layer_name], self.strategies[layer_name], self.paddings[layer_name]
         self.loading.discard(layer_name)
         self.pending.discard(layer_name)
 
-    def record(self, layer_name: str, strategy: str) -> None:
+    def record(self, layer_name: str, strategy: str, padding: int = 0) -> None:
         """A layer has been planned. One that is not serial is finished once its weights are in place."""
-        self.strategies[layer_name] = strategy
+        self.strategies[layer_name], self.paddings[layer_name] = strategy, padding
         self.pending.add(layer_name)
         if strategy == SERIAL:
             self.loading.discard(layer_name)
@@ -71,11 +73,13 @@ class Ledger:
         return ", ".join(f"{s} on {strategies.count(s)} of {len(strategies)} GDN layers" for s in used)
 
     def state(self) -> str:
-        """Which layers run with what: part of vLLM's compile-cache keys."""
-        plans = sorted((name, strategy) for name, strategy in self.strategies.items() if strategy != SERIAL)
+        """Which layers run with what, and how wide: part of vLLM's compile-cache keys."""
+        plans = sorted(
+            (name, strategy, self.paddings[name]) for name, strategy in self.strategies.items() if strategy != SERIAL
+        )
         if not plans:
             return "stock"
-        used = "+".join(sorted({strategy for _, strategy in plans}))
+        used = "+".join(sorted({strategy for _, strategy, _ in plans}))
         return f"{used} {hashlib.sha256(repr(plans).encode()).hexdigest()[:16]}"
 
 

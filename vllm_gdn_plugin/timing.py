@@ -63,11 +63,13 @@ class CudaTimer:
         torch.cuda.synchronize()
         return graph.replay, result
 
-    def measure(self, prepared: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    def measure(
+        self, prepared: Mapping[str, Callable[[], object]], rounds: int, warm_up: int = WARM_UP_ROUNDS
+    ) -> dict[str, list[float]]:
         """Microseconds of each, by name, one value a round."""
         # All is enqueued at once, so that the GPU never waits for the CPU between two events.
         marks: dict[str, list[tuple[Any, Any]]] = {name: [] for name in prepared}
-        for order in interleaved(list(prepared), WARM_UP_ROUNDS + rounds):
+        for order in interleaved(list(prepared), warm_up + rounds):
             for name in order:
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
@@ -76,6 +78,5 @@ class CudaTimer:
                 marks[name].append((start, end))
         torch.cuda.synchronize()
         return {
-            name: [start.elapsed_time(end) * 1e3 for start, end in pairs[WARM_UP_ROUNDS:]]
-            for name, pairs in marks.items()
+            name: [start.elapsed_time(end) * 1e3 for start, end in pairs[warm_up:]] for name, pairs in marks.items()
         }

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -18,7 +18,16 @@ from uuid import uuid4
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, LayerFacts, ProjectionFacts, choices, choices_at
+from vllm_gdn_plugin.plan import (
+    DUAL_STREAM,
+    FUSED,
+    NARROW_KERNEL,
+    PADDED_TO,
+    LayerFacts,
+    ProjectionFacts,
+    choices,
+    choices_at,
+)
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 Times = dict[int, dict[str, float]]
@@ -80,22 +89,33 @@ def margin(planned: str, way: str) -> float:
 
 def fastest(times: Times, ways: tuple[str, ...]) -> dict[int, str]:
     """The way for each number of tokens: the first of ``ways``, or where another beats it by its :func:`margin`, the
-    fastest of all."""
+    fastest of all; one GEMM is first compared with itself padded, and the faster of these with the others."""
     planned = ways[0]
     chosen = {}
     for tokens, microseconds in sorted(times.items()):
         present = choices_at(ways, tokens)
-        beaten = any(microseconds[way] < microseconds[planned] * (1 - margin(planned, way)) for way in present)
-        chosen[tokens] = min(present, key=microseconds.__getitem__) if beaten else planned
+        padded = [way for way in present if way in PADDED_TO]
+        best = _unless_beaten(planned, planned, padded, microseconds)
+        chosen[tokens] = _unless_beaten(best, planned, present, microseconds)
     return chosen
 
 
+def _unless_beaten(way: str, planned: str, others: Iterable[str], microseconds: Mapping[str, float]) -> str:
+    """``way``, or where another beats it by its margin over the ``planned`` one, the fastest of all."""
+    limits = {other: microseconds[way] * (1 - margin(planned, other)) for other in others}
+    beaten = any(microseconds[other] < limit for other, limit in limits.items())
+    return min([way, *others], key=microseconds.__getitem__) if beaten else way
+
+
 def described(chosen: Mapping[int, str]) -> str:
-    """``dual_stream at 1 to 64 tokens, fused at 72 to 512``."""
+    """``dual_stream at 1 to 64 tokens, fused at 72 to 512 tokens, padded at 9 of 31 sizes``."""
     runs = [
-        (way, [tokens for tokens, _ in run]) for way, run in groupby(sorted(chosen.items()), key=lambda one: one[1])
+        (way, [tokens for tokens, _ in run])
+        for way, run in groupby(sorted(chosen.items()), key=lambda one: FUSED if one[1] in PADDED_TO else one[1])
     ]
-    return ", ".join(f"{way} at {_span(run)} token{'' if run == [1] else 's'}" for way, run in runs)
+    text = ", ".join(f"{way} at {_span(run)} token{'' if run == [1] else 's'}" for way, run in runs)
+    padded = sum(way in PADDED_TO for way in chosen.values())
+    return f"{text}, padded at {padded} of {len(chosen)} sizes" if padded else text
 
 
 def _span(run: list[int]) -> str:
@@ -133,15 +153,17 @@ class Tuner:
         self.waiting: dict[str, tuple[Callable[[], Any], Case, list[int]]] = {}
         """By name of the layer, which is only referred to: an engine that failed to load must not be kept in memory."""
 
-    def add(self, layer: Any, facts: LayerFacts) -> None:
-        """A layer has been planned by ``auto``."""
+    def add(self, layer: Any, facts: LayerFacts) -> tuple[str, ...]:
+        """A layer has been planned by ``auto``. Returns the ways that will be timed, or were at an earlier start."""
         try:
             sizes = sorted(n for n in host.captured_sizes() if n <= layer.gdn_max_tokens)
             if sizes and choices(facts):
                 case = case_of(facts, layer.in_proj_qkvz.input_size, host.gpu())
                 self.waiting[layer.prefix] = (weakref.ref(layer), case, sizes)
+                return case.ways
         except Exception as error:
             warn_once(UNTIMED, unexpected(error))
+        return ()
 
     def run(self, last: Any) -> str:
         """Give every layer that was added ``gdn_tuned``, its ways by number of tokens, and say in a phrase what they

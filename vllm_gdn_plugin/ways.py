@@ -19,7 +19,7 @@ from vllm_gdn_plugin.op import (
     project_fused_apart,
     project_narrow,
 )
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, choices_at
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL, choices_at
 from vllm_gdn_plugin.report import unexpected, warn_once
 from vllm_gdn_plugin.timing import CudaTimer, one_after_the_other
 from vllm_gdn_plugin.tuning import Case, Times
@@ -27,7 +27,10 @@ from vllm_gdn_plugin.tuning import Case, Times
 SECONDS = 5.0
 """After this long no further number of tokens is timed: at the next start, the rest."""
 
-ROUNDS = 8
+WARM_UP_ROUNDS, ROUNDS = 1, 5
+LAYERS = {FUSED: 8, DUAL_STREAM: CudaTimer.min_layers}
+"""By planned strategy: how many share what it costs to start a graph. More where the input is quantised, since that
+lies elsewhere in each of them (:func:`vllm_gdn_plugin.timing.one_after_the_other`)."""
 CACHE_FILLS = 4
 """The layers that are timed in turn hold this many times what the GPU's cache holds: their weights come from memory."""
 
@@ -56,8 +59,9 @@ def _timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     timer = CudaTimer()
     weight_bytes = sum(parameter.nbytes for parameter in layers[0].in_proj_qkvz.parameters())
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    count = min(timer.min_layers, max(4, CACHE_FILLS * cache_bytes // weight_bytes))
-    turns = list(islice(cycle(layers[:count]), timer.min_layers))
+    turns_each = LAYERS[case.ways[0]]
+    count = min(turns_each, max(4, CACHE_FILLS * cache_bytes // weight_bytes))
+    turns = list(islice(cycle(layers[:count]), turns_each))
     ways = WAYS[case.ways[0]]
     dtype = getattr(torch, case.qkvz.dtype)
     device = layers[0].in_proj_ba.weight.device
@@ -76,7 +80,7 @@ def _timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
                 way: timer.prepare(partial(one_after_the_other, ways[way], turns, x))[0]
                 for way in choices_at(case.ways, tokens)
             }
-            samples = timer.measure(prepared, ROUNDS)
+            samples = timer.measure(prepared, ROUNDS, WARM_UP_ROUNDS)
             prepared.clear()  # a graph that ends later could give back the workspace of the next ones
             times[tokens] = {way: statistics.median(values) / len(turns) for way, values in samples.items()}
     return times
@@ -84,9 +88,15 @@ def _timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
 
 Way = Callable[[Any, torch.Tensor], object]
 
+
+def _padded(way: str, layer: Any, x: torch.Tensor) -> object:
+    return layer.gdn_fused.apply(x, way)
+
+
 WAYS: dict[str, dict[str, Way]] = {
     FUSED: {
         FUSED: lambda layer, x: layer.gdn_fused.apply(x),
+        **{way: partial(_padded, way) for way in PADDED_TO},
         DUAL_STREAM: lambda layer, x: project_fused_apart(layer, x, fork_and_join(layer, x)),
         SERIAL: lambda layer, x: project_fused_apart(layer, x, SERIALLY),
     },

@@ -14,6 +14,9 @@ from quantize import quantize
 from safetensors.torch import load_file
 from tiny_model import make_model
 
+from vllm_gdn_plugin.plan import FUSED as ONE_GEMM
+from vllm_gdn_plugin.plan import PADDED_TO, ROW_ALIGNMENT, rows_by_way
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vllm isn't installed: run `python3.11 dev.py test`")
 
@@ -23,6 +26,10 @@ TOLERANCE = 1.05
 SAMPLED_COLUMNS = 512
 """Of in_proj_qkvz's outputs, so many are computed in float64; of in_proj_ba's all."""
 HIDDEN, QKVZ, BA, LAYERS = 32, 48, 4, 3
+ROWS = 64
+"""Of the one weight."""
+WIDE = 12344
+"""Outputs of an ``in_proj_qkvz`` that leave room for every padded way."""
 MIB = 2**20
 FUSED = {"VLLM_GDN_PLUGIN_STRATEGY": "fused"}
 BACK_TO_SERIAL = "a GDN layer goes back to serial"
@@ -94,7 +101,7 @@ def test_as_exact_as_the_two_projections(make_layer: Callable[..., Layer], model
 def test_one_storage_holds_both_weights_and_nothing_else_is_kept(make_layer: Callable[..., Layer]) -> None:
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from vllm_gdn_plugin.fused import ROW_ALIGNMENT, FusedProjections, release_replaced
+    from vllm_gdn_plugin.fused import FusedProjections, release_replaced
 
     hidden, qkvz, ba = SHAPES["27B"]
     ba -= 8  # so that there is padding
@@ -348,23 +355,29 @@ def test_weights_are_left_alone_where_they_cannot_be_fused(
 
 
 @pytest.mark.parametrize(
-    ("size", "device", "layers"),
+    ("size", "beyond", "device", "layers"),
     [
-        (20 * MIB + 1, "cpu", 1),
-        (9 * MIB, "cuda", 1),  # allocated with others, by 512 bytes
-        (11 * MIB, "cuda", 2),
-        (32 * MIB, "cuda", 1),
-        (16480 * 5120 * 2, "cuda", 2),  # 27B: 160.9 MiB
-        (4128 * 5120 * 2, "cuda", 6),  # at tensor-parallel size 4, padded
-        (12352 * 4096 * 2, "cuda", 4),  # 9B: 96.5 MiB
-        (511 * MIB, "cuda", 1),
-        (1023 * MIB, "cuda", 1),
+        (20 * MIB + 1, 0, "cpu", 1),
+        (20 * MIB + 1, MIB, "cpu", 1),
+        (9 * MIB, 0, "cuda", 1),  # allocated with others, by 512 bytes
+        (11 * MIB, 0, "cuda", 2),
+        (32 * MIB, 0, "cuda", 1),
+        (16480 * 5120 * 2, 0, "cuda", 2),  # 27B: 160.9 MiB
+        (4128 * 5120 * 2, 0, "cuda", 6),  # at tensor-parallel size 4, padded
+        (12352 * 4096 * 2, 0, "cuda", 4),  # 9B: 96.5 MiB
+        (511 * MIB, 0, "cuda", 2),
+        (1023 * MIB, 0, "cuda", 2),
+        (9 * MIB, MIB, "cuda", 7),  # 8 would lose 1 MiB more
+        (32 * MIB, MIB, "cuda", 8),
+        (7 * MIB + MIB // 2, 2 * MIB + MIB // 2, "cuda", 5),  # 6 to 8 would lose as much
+        (16480 * 5120 * 2, (16896 - 16480) * 5120 * 2, "cuda", 8),
+        (12352 * 4096 * 2, (12800 - 12352) * 4096 * 2, "cuda", 8),
     ],
 )
-def test_what_rounding_loses_is_shared(size: int, device: str, layers: int) -> None:
+def test_what_rounding_and_padding_lose_is_shared(size: int, beyond: int, device: str, layers: int) -> None:
     from vllm_gdn_plugin.fused import layers_per_allocation
 
-    assert layers_per_allocation(size, torch.device(device)) == layers
+    assert layers_per_allocation(size, beyond, torch.device(device)) == layers
 
 
 @pytest.fixture
@@ -372,7 +385,7 @@ def projections(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any
     """`projections(qkvz)` makes a pair with weights of its own; three fused ones of a shape share an allocation."""
     from vllm_gdn_plugin import fused
 
-    monkeypatch.setattr(fused, "layers_per_allocation", lambda size, device: 3)
+    monkeypatch.setattr(fused, "layers_per_allocation", lambda size, beyond, device: 3)
     monkeypatch.setattr(fused, "_latest", None)
 
     def make(qkvz: int = QKVZ) -> tuple[Any, Any]:
@@ -383,7 +396,14 @@ def projections(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any
 
 def layers_held(weight: Any) -> int:
     """For how many layers of the usual shape there is room behind ``weight``."""
-    return int(weight.untyped_storage().nbytes()) // (64 * HIDDEN * int(weight.itemsize))
+    return rows_held(weight) // ROWS
+
+
+def rows_held(weight: Any) -> int:
+    """Of all layers that share the storage of ``weight``, and behind them."""
+    rows, rest = divmod(weight.untyped_storage().nbytes(), HIDDEN * weight.itemsize)
+    assert rest == 0
+    return int(rows)
 
 
 def storages(fused: list[Any]) -> list[int]:
@@ -429,6 +449,11 @@ def test_a_shape_has_allocations_of_its_own(projections: Callable[..., tuple[Any
     a, _, b, c, d = storages(fused)
     assert storages(fused) == [a, a, b, c, d]
     assert len({a, b, c, d}) == 4
+    different = [(), PADDED_TO, ["fused_to_128", "fused_to_512"], ["fused_to_256"]]
+    padded = [FusedProjections(*projections(WIDE), ways) for ways in different]
+    a, b, _, c = storages(padded)
+    assert storages(padded) == [a, b, b, c]
+    assert len({a, b, c}) == 3
 
 
 @pytest.mark.parametrize("replaced", [0, 1])
@@ -489,10 +514,10 @@ def out_of_memory_for(patch: pytest.MonkeyPatch, *layers: int) -> None:
     """Have an allocation for so many layers fail."""
     actual = torch.zeros
 
-    def fail(size: Any, **options: Any) -> Any:
-        if size[0] in layers:
+    def fail(rows: int, hidden: int, **options: Any) -> Any:
+        if rows in [count * ROWS for count in layers]:
             raise torch.OutOfMemoryError("planted by the test")
-        return actual(size, **options)
+        return actual(rows, hidden, **options)
 
     patch.setattr(torch, "zeros", fail)
 
@@ -561,7 +586,7 @@ def test_a_layer_that_is_loaded_is_not_moved(
     from vllm_gdn_plugin import fused as module
     from vllm_gdn_plugin.fused import FusedProjections
 
-    monkeypatch.setattr(module, "layers_per_allocation", lambda size, device: room)
+    monkeypatch.setattr(module, "layers_per_allocation", lambda size, beyond, device: room)
     fused = [FusedProjections(*projections()) for _ in range(3)]
     assert fused[0].is_loaded()
     before = fused[0].weight.data_ptr()
@@ -580,6 +605,144 @@ def test_nothing_joins_an_allocation_that_loaders_have_left(projections: Callabl
     assert not fused.is_loaded()
     late = FusedProjections(*projections())
     assert storages([fused]) != storages([late])
+
+
+# With more rows for the one GEMM: those of the next weight in the allocation, or some behind the last
+
+
+ROWS_OF = rows_by_way(WIDE + BA)
+BEYOND = max(ROWS_OF.values()) - ROWS_OF[ONE_GEMM]
+
+
+@pytest.fixture
+def padded(projections: Callable[..., tuple[Any, Any]]) -> Callable[[], Any]:
+    """`padded()` is a layer that can be run in every padded way; three share an allocation."""
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    assert list(ROWS_OF) == [ONE_GEMM, *PADDED_TO]
+
+    def make() -> Any:
+        qkvz, ba = projections(WIDE)
+        fused = FusedProjections(qkvz, ba, PADDED_TO)
+        return SimpleNamespace(in_proj_qkvz=qkvz, in_proj_ba=ba, gdn_fused=fused, gdn_tuned={})
+
+    return make
+
+
+def used(fused: Any, x: Any, way: str = ONE_GEMM) -> Any:
+    """What the one GEMM gives, without the padding."""
+    return fused.apply(x, way)[:, : WIDE + BA]
+
+
+def test_a_layer_has_the_ways_that_it_was_asked_for_and_always_fused(
+    projections: Callable[..., tuple[Any, Any]],
+) -> None:
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    def rows(*ways: str) -> dict[str, int]:
+        fused = FusedProjections(*projections(WIDE), ways)
+        assert fused.padding == max(fused.rows.values()) - WIDE - BA
+        return fused.rows
+
+    assert rows() == rows("dual_stream", "serial") == {ONE_GEMM: 12352}
+    assert rows("fused_to_256", "serial") == {ONE_GEMM: 12352, "fused_to_256": 12544}
+    assert rows(ONE_GEMM, *PADDED_TO) == ROWS_OF
+    assert FusedProjections(*projections(), PADDED_TO).rows == {ONE_GEMM: ROWS}, "padded it would be too much"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_more_rows_give_the_same_results(padded: Callable[[], Any], count: int) -> None:
+    """Also of what is written after loading, when layers may have moved to an allocation of their number."""
+    layers = [padded() for _ in range(count)]
+    x = torch.randn(5, HIDDEN)
+    for written in (False, True, True):
+        for layer in layers:
+            fused = layer.gdn_fused
+            if written:
+                assert fused.is_loaded()
+                for linear in (layer.in_proj_qkvz, layer.in_proj_ba):
+                    linear.weight.data.normal_()
+                assert fused.why_broken(layer, x) is None
+            want = torch.cat([layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]], -1)
+            for way in ROWS_OF:
+                assert fused.apply(x, way).shape == (5, WIDE + BA + fused.padding)
+                torch.testing.assert_close(used(fused, x, way), want)
+
+
+def test_only_behind_the_last_layer_is_there_room_for_the_rows_of_none(padded: Callable[[], Any]) -> None:
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    rows = ROWS_OF[ONE_GEMM]
+    layers = [padded() for _ in range(5)]
+    fused = [layer.gdn_fused for layer in layers]
+    assert [rows_held(one.weight) for one in fused] == 5 * [3 * rows + BEYOND]
+    partial = StorageWeakRef(fused[3].weight.untyped_storage())
+    assert all(one.is_loaded() for one in fused)
+    assert [rows_held(one.weight) for one in fused] == [*3 * [3 * rows + BEYOND], *2 * [2 * rows + BEYOND]]
+    assert len({*storages(fused)}) == 2
+    assert partial.expired(), "also what the padded ways read has moved"
+
+
+def test_what_lies_behind_a_weight_does_not_change_its_results(padded: Callable[[], Any]) -> None:
+    neighbour, layer = padded(), padded()
+    x = torch.randn(5, HIDDEN)
+    before = {way: used(layer.gdn_fused, x, way).clone() for way in ROWS_OF}
+    for linear in (neighbour.in_proj_qkvz, neighbour.in_proj_ba):
+        linear.weight.data.fill_(float("nan"))
+    rows = ROWS_OF[ONE_GEMM]
+    for way, more in ROWS_OF.items():
+        both = layer.gdn_fused.apply(x, way)
+        assert torch.equal(both[:, : WIDE + BA], before[way])
+        assert bool(both[:, rows:more].isnan().all()), "or the neighbour's rows were not read"
+
+
+@pytest.mark.parametrize(("move", "name"), MOVES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_weight_that_more_rows_are_read_behind_is_never_stale_either(
+    padded: Callable[[], Any],
+    warnings: list[str],
+    move: Callable[..., None],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    import vllm_gdn_plugin.op  # noqa: F401
+    from vllm_gdn_plugin import host
+
+    layer = padded()
+    fused, x = layer.gdn_fused, torch.randn(5, HIDDEN)
+    layer.gdn_tuned = {5: "fused_to_256"}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(host, "layer_by_name", lambda name: layer)
+    assert fused.is_loaded()
+    before = used(fused, x)
+    assert fused.why_broken(layer, x) is None
+    move(layer, f"in_proj_{name}")
+    assert fused.why_broken(layer, x) is not None
+    width = WIDE + BA + fused.padding
+    got = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(x, width, _encode_layer_name("any"))
+    assert got.shape == (5, width)
+    assert torch.equal(got[:, : WIDE + BA], two_projections({"any": layer}, x)[0])
+    assert not torch.allclose(got[:, : WIDE + BA], before)
+    assert len(warnings) == 1
+    assert BACK_TO_SERIAL in warnings[0]
+
+
+def test_a_copied_layer_has_its_own_weights_and_no_allocation(padded: Callable[[], Any]) -> None:
+    layers = [padded() for _ in range(2)]
+    other = copy.deepcopy(layers[0])
+    fused, copied = layers[0].gdn_fused, other.gdn_fused
+    x = torch.randn(5, HIDDEN)
+    before = used(fused, x)
+    for linear in (other.in_proj_qkvz, other.in_proj_ba):
+        assert linear.weight.untyped_storage().nbytes() == linear.weight.nbytes
+        linear.weight.data.mul_(2)
+    assert copied.weight.untyped_storage().nbytes() == copied.weight.nbytes
+    assert copied.allocation is fused.allocation
+    assert copied._read_by is fused._read_by, "or all of the allocation would be there twice"
+    assert copied.why_broken(other, x) is not None, "or it would read the weights of the first"
+    torch.testing.assert_close(copied.apply_serially(other, x)[:, : WIDE + BA], 2 * before)
+    assert torch.equal(used(fused, x), before)
 
 
 def test_weights_repacked_before_the_first_call_are_noticed(make_layer: Callable[..., Layer]) -> None:

@@ -1,22 +1,26 @@
 """The ops in vLLM's and PyTorch's own terms: schema, fake, and what a compiled stack of layers is made of."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from vllm_gdn_plugin.plan import PADDED_TO
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vllm isn't installed: run `python3.11 dev.py test`")
 
 HIDDEN, QKVZ, BA, TOKENS = 32, 48, 4, 5
+WIDE = 12344
+"""Outputs of an ``in_proj_qkvz`` that leave room for every padded way."""
 
 
 @pytest.fixture
-def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[str]]]:
-    """`layers(n)` makes n layers with plain linear projections, known to the forward context by name."""
+def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """`layers(n, qkvz, ways)` makes n layers with plain linear projections, known to the forward context by name."""
     import vllm_gdn_plugin.op  # noqa: F401
     from vllm_gdn_plugin import host
     from vllm_gdn_plugin.fused import FusedProjections
@@ -37,14 +41,14 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[str
 
     monkeypatch.setattr(host, "layer_by_name", layer_by_name)
 
-    def make(count: int) -> list[str]:
+    def make(count: int, qkvz_size: int = QKVZ, ways: Collection[str] = ()) -> list[str]:
         torch.manual_seed(0)
         for i in range(count):
-            qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (QKVZ, BA))
+            qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (qkvz_size, BA))
             layer = SimpleNamespace(
                 in_proj_qkvz=qkvz, in_proj_ba=ba, gdn_safe_pair=True, gdn_max_tokens=64, gdn_tuned={}
             )
-            layer.gdn_fused = FusedProjections(qkvz, ba)
+            layer.gdn_fused = FusedProjections(qkvz, ba, ways)
             known[f"model.layers.{i}"] = layer
         return list(known)
 
@@ -61,6 +65,16 @@ def test_opcheck(layers: Callable[[int], list[str]]) -> None:
     torch.library.opcheck(ops.gdn_in_proj.default, (x, QKVZ, BA, _encode_layer_name(name)))
     padded = -(QKVZ + BA) % 16 + QKVZ + BA
     torch.library.opcheck(ops.gdn_fused_in_proj.default, (x, padded, _encode_layer_name(name)))
+
+
+def test_opcheck_of_a_layer_that_is_padded(layers: Callable[..., list[str]]) -> None:
+    """Without the tests that compare results: the padding holds anything."""
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    (name,) = layers(1, WIDE, PADDED_TO)
+    arguments = torch.randn(TOKENS, HIDDEN), 12800, _encode_layer_name(name)
+    op = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj.default
+    torch.library.opcheck(op, arguments, test_utils=["test_schema", "test_faketensor"])
 
 
 @pytest.mark.parametrize("num_tokens", [2, 5, 64])
@@ -170,6 +184,36 @@ def test_a_fused_layer_takes_two_gemms_only_in_a_graph_of_a_size_that_was_timed_
     layer.in_proj_ba.weight.data = layer.in_proj_ba.weight.data * 2
     for one, other in zip(call("fused", name, x), (want[0], want[1] * 2), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("tuned", ["fused", *PADDED_TO, "serial", None])
+@pytest.mark.parametrize("capturing", [False, True])
+def test_a_padded_gemm_is_run_only_in_a_graph_of_a_size_that_was_timed_so(
+    layers: Callable[..., list[str]], capturing: bool, tuned: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is as wide in each case: it is one graph that vLLM compiles."""
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.fused import FusedProjections
+
+    (name,) = layers(1, WIDE, PADDED_TO)
+    layer = op.host.layer_by_name(name)
+    layer.gdn_tuned = {TOKENS: tuned} if tuned else {TOKENS + 1: "fused_to_128"}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    ran: list[str] = []
+    apply = FusedProjections.apply
+    monkeypatch.setattr(
+        FusedProjections, "apply", lambda fused, x, way="fused": ran.append(way) or apply(fused, x, way)
+    )
+    x = torch.randn(TOKENS, HIDDEN)
+    width = WIDE + BA + layer.gdn_fused.padding
+    both = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(x, width, _encode_layer_name(name))
+    assert both.shape == (TOKENS, width) == (TOKENS, 12800)
+    taken = tuned if capturing and tuned else "fused"
+    assert ran == ([] if taken == "serial" else [taken])
+    want = torch.cat([layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]], -1)
+    torch.testing.assert_close(both[:, : WIDE + BA], want)
 
 
 @pytest.mark.parametrize("tuned", [{TOKENS: "serial"}, {TOKENS: "dual_stream"}, {TOKENS + 1: "serial"}, {}], ids=str)
@@ -369,15 +413,15 @@ def test_layers_share_their_artifacts(layers: Callable[[int], list[str]]) -> Non
 
 
 class Stopwatch:
-    """In place of CudaTimer: runs the work once, and says how long it took as 16 us a layer."""
+    """In place of CudaTimer: runs the work once, and says that it took 256 us."""
 
     min_layers = 16
 
     def prepare(self, work: Callable[[], Any]) -> tuple[Any, Any]:
         return None, work()
 
-    def measure(self, prepared: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-        return {name: [16.0 * self.min_layers] * rounds for name in prepared}
+    def measure(self, prepared: dict[str, Any], rounds: int, warm_up: int) -> dict[str, list[float]]:
+        return {name: [256.0] * rounds for name in prepared}
 
 
 @pytest.fixture
@@ -394,16 +438,17 @@ def timing(monkeypatch: pytest.MonkeyPatch) -> Any:
     return ways
 
 
-def case_of_two_streams() -> Any:
+def case_planned(strategy: str) -> Any:
     from vllm_gdn_plugin.plan import ProjectionFacts
     from vllm_gdn_plugin.tuning import Case
 
     one = ProjectionFacts("UnquantizedLinearMethod", "float32", 1)
-    return Case("a GPU", "", "", "", "", HIDDEN, one, one, "", False, ("dual_stream", "serial"))
+    return Case("a GPU", "", "", "", "", HIDDEN, one, one, "", False, (strategy, "serial"))
 
 
+@pytest.mark.parametrize(("planned", "turns"), [("dual_stream", 16), ("fused", 8)])
 def test_what_is_timed_is_as_many_layers_as_a_graph_needs_each_at_other_addresses(
-    layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch
+    layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch, planned: str, turns: int
 ) -> None:
     from vllm_gdn_plugin import op
 
@@ -413,14 +458,14 @@ def test_what_is_timed_is_as_many_layers_as_a_graph_needs_each_at_other_addresse
     def record(layer: Any, hidden_states: torch.Tensor) -> None:
         ran.append((layer, torch.empty_like(hidden_states, dtype=torch.uint8).data_ptr()))
 
-    monkeypatch.setitem(timing.WAYS, "dual_stream", {"dual_stream": record, "serial": lambda layer, x: None})
-    times = timing.timed(made, case_of_two_streams(), [4, 64])
-    assert times == {tokens: {"dual_stream": 16.0, "serial": 16.0} for tokens in (4, 64)}
-    assert len(ran) == 2 * 16
-    for graph in (ran[:16], ran[16:]):
-        assert [layer for layer, _ in graph] == 4 * made[:4], "no more than fill the cache, in turn"
+    monkeypatch.setitem(timing.WAYS, planned, {planned: record, "serial": lambda layer, x: None})
+    times = timing.timed(made, case_planned(planned), [4, 64])
+    assert times == {tokens: {planned: 256 / turns, "serial": 256 / turns} for tokens in (4, 64)}
+    assert len(ran) == 2 * turns
+    for graph in (ran[:turns], ran[turns:]):
+        assert [layer for layer, _ in graph] == turns // 4 * made[:4], "no more than fill the cache, in turn"
         addresses = {address for _, address in graph}
-        assert len(addresses) > 8, "a CPU's malloc may give one out again before all are used"
+        assert len(addresses) > turns // 2, "a CPU's malloc may give one out again before all are used"
 
 
 def test_timing_that_fails_gives_back_its_memory(
@@ -439,7 +484,7 @@ def test_timing_that_fails_gives_back_its_memory(
         graphs.append(weakref.ref(graph))
         return graph, None
 
-    def measure(timer: Any, prepared: dict[str, Any], rounds: int) -> Any:
+    def measure(timer: Any, prepared: dict[str, Any], rounds: int, warm_up: int) -> Any:
         raise ZeroDivisionError("planted")
 
     monkeypatch.setattr(Stopwatch, "prepare", prepare)
@@ -447,5 +492,5 @@ def test_timing_that_fails_gives_back_its_memory(
     monkeypatch.setattr(timing.host, "release_workspaces", lambda: held.extend(graph() is not None for graph in graphs))
     made = [op.host.layer_by_name(name) for name in layers(2)]
     with pytest.raises(ZeroDivisionError, match="planted"):
-        timing.timed(made, case_of_two_streams(), [4])
+        timing.timed(made, case_planned("dual_stream"), [4])
     assert held == [False, False]

@@ -16,7 +16,7 @@ from vllm_gdn_plugin.bench.report import load
 from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, distinct, preset_shapes, shape_of_model, shape_of_text
 from vllm_gdn_plugin.cli import main
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, ROW_ALIGNMENT, SERIAL
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -162,7 +162,7 @@ def computed() -> Any:
     generator = torch.Generator().manual_seed(0)
     exact = tuple(torch.randn(4, n, generator=generator, dtype=torch.float64) for n in (64, 8))
     serial = tuple(one.bfloat16() for one in exact)
-    copies = {name: tuple(one.clone() for one in serial) for name in (DUAL_STREAM, FUSED)}
+    copies = {name: tuple(one.clone() for one in serial) for name in (DUAL_STREAM, FUSED, *PADDED_TO)}
     return {SERIAL: serial, **copies, QKVZ: (serial[0].clone(),)}, exact
 
 
@@ -171,13 +171,16 @@ def test_right_results_verify(computed: Any) -> None:
 
     outputs, exact = computed
     verify(outputs, exact)
-    del outputs[FUSED]
+    for way in (FUSED, *PADDED_TO):
+        with pytest.raises(ValueError, match=f"{way} needs a reference"):
+            verify(outputs)
+        del outputs[way]
     verify(outputs)
 
 
 @pytest.mark.parametrize("projection", [0, 1], ids=["in_proj_qkvz", "in_proj_ba"])
 @pytest.mark.parametrize("wrong", [1e30, float("nan")], ids=str)
-@pytest.mark.parametrize("strategy", [DUAL_STREAM, FUSED])
+@pytest.mark.parametrize("strategy", [DUAL_STREAM, FUSED, *PADDED_TO])
 def test_a_planted_wrong_result_is_refused(computed: Any, strategy: str, wrong: float, projection: int) -> None:
     from vllm_gdn_plugin.bench.verify import PROJECTIONS, verify
 
@@ -209,17 +212,18 @@ def test_a_strategy_gives_as_many_outputs_as_it_should(computed: Any, strategy: 
         verify(outputs, exact)
 
 
-def test_fused_may_round_otherwise_but_not_worse(computed: Any) -> None:
+@pytest.mark.parametrize("way", [FUSED, *PADDED_TO])
+def test_fused_may_round_otherwise_but_not_worse(computed: Any, way: str) -> None:
     from vllm_gdn_plugin.bench.verify import verify
 
     outputs, exact = computed
     serial_error = [one.double() - other for one, other in zip(outputs[SERIAL], exact, strict=True)]
     for factor, right in ((-1.04, True), (1.06, False)):
-        outputs[FUSED] = tuple(one + factor * off for one, off in zip(exact, serial_error, strict=True))
+        outputs[way] = tuple(one + factor * off for one, off in zip(exact, serial_error, strict=True))
         if right:
             verify(outputs, exact)
         else:
-            with pytest.raises(WrongResult, match=r"more than 1.05 x serial's"):
+            with pytest.raises(WrongResult, match=rf"^{way}: .*more than 1.05 x serial's"):
                 verify(outputs, exact)
 
 
@@ -227,7 +231,8 @@ def test_the_narrow_kernel_may_round_otherwise_in_its_own_projection_alone(compu
     from vllm_gdn_plugin.bench.verify import verify
 
     outputs, exact = computed
-    del outputs[FUSED]
+    for way in (FUSED, *PADDED_TO):
+        del outputs[way]
     reference = (None, exact[1])
     error = outputs[SERIAL][1].double() - exact[1]
     outputs[NARROW_KERNEL] = (outputs[SERIAL][0].clone(), exact[1] - 1.04 * error)
@@ -282,13 +287,42 @@ def test_the_fused_weight_is_the_plugins_own() -> None:
     import torch
 
     from vllm_gdn_plugin.bench.strategies import unquantized
-    from vllm_gdn_plugin.fused import ROW_ALIGNMENT
 
     layer = unquantized(Shape("odd", 32, 48, 6), torch.bfloat16, "cpu")
     assert layer.fused is not None
     assert layer.fused.weight.shape == (64, 32)
     assert layer.fused.weight.shape[0] % ROW_ALIGNMENT == 0
     assert layer.weight_bytes == {SERIAL: 54 * 64, DUAL_STREAM: 54 * 64, FUSED: 64 * 64, QKVZ: 48 * 64}
+
+
+@needs_torch
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_on_a_gpu_the_one_gemm_is_also_measured_padded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from vllm_gdn_plugin.bench import strategies
+    from vllm_gdn_plugin.bench.verify import verify
+
+    weight = strategies.random_weight
+    monkeypatch.setattr(strategies, "random_weight", lambda rows, hidden, dtype, _: weight(rows, hidden, dtype, "cpu"))
+    torch.manual_seed(0)
+    layer = strategies.unquantized(Shape("wide", 32, 12344, 4), torch.float32, device)
+    one_gemm = {FUSED: 12352} | ({} if device == "cpu" else dict(zip(PADDED_TO, (12416, 12544, 12800), strict=True)))
+    assert {way: moved // 128 for way, moved in layer.weight_bytes.items()} == {
+        SERIAL: 12348,
+        DUAL_STREAM: 12348,
+        QKVZ: 12344,
+        **one_gemm,
+    }
+    x = torch.randn(3, 32)
+    ran: list[str] = []
+    apply = layer.fused.apply
+    monkeypatch.setattr(layer.fused, "apply", lambda x, way: ran.append(way) or apply(x, way))
+    outputs = {name: step(layer, x) for name, step in strategies.steps(layer, None, 3).items()}
+    assert outputs.keys() == layer.weight_bytes.keys()
+    assert ran == list(one_gemm)
+    assert all(qkvz.shape == (3, 12344) and ba.shape == (3, 4) for qkvz, ba in (outputs[way] for way in one_gemm))
+    verify(outputs, layer.reference(x))
 
 
 # A run
@@ -358,8 +392,8 @@ def test_a_strategy_that_computes_something_else_is_not_timed(
 
     fused = strategies.fused
 
-    def wrong_from_three_tokens_on(layer: Any, hidden_states: Any) -> Any:
-        qkvz, ba = fused(layer, hidden_states)
+    def wrong_from_three_tokens_on(way: str, layer: Any, hidden_states: Any) -> Any:
+        qkvz, ba = fused(way, layer, hidden_states)
         return (qkvz, ba + 1) if len(hidden_states) > 2 else (qkvz, ba)
 
     monkeypatch.setattr(strategies, "fused", wrong_from_three_tokens_on)
@@ -415,6 +449,7 @@ def test_the_table_says_what_was_found(run: Run) -> None:
     assert "| 4 | serial | 10.35 | 10.03 to 10.93 | 1 | 1.250x (1.250 to 1.250) | 1.00 | 19% |" in text
     assert "A GPU; vllm-gdn-plugin 0.1.0, torch 2.11.0, driver 580.1, Python 3.12; 2026-01-01" in text
     assert "fused" not in text
+    assert "padded" not in text
 
 
 @needs_statistics
@@ -426,6 +461,33 @@ def test_a_loss_is_written_as_a_loss_and_no_difference_as_none(run: Run) -> None
     assert "| dual_stream -10.0 % (-10.0 to -10.0) |" in markdown(run)
     run.points[0].samples_us[DUAL_STREAM] = [f * us for f, us in zip((0.9, 1.1, 0.95, 1.05), serial, strict=True)]
     assert "| dual_stream no difference shown |" in markdown(run)
+
+
+@needs_statistics
+def test_of_the_padded_ways_the_table_has_the_fastest_of_each_row_and_all_below(run: Run) -> None:
+    from vllm_gdn_plugin.bench.table import markdown
+
+    to_128, to_256, _ = PADDED_TO
+    factors = {4: {FUSED: 0.9, to_128: 0.72, to_256: 0.76}, 8: {FUSED: 0.9, to_128: 0.96, to_256: 0.84}, 16: {FUSED: 1}}
+    points = []
+    for tokens, ways in factors.items():
+        point = replace(run.points[0], tokens=tokens)
+        samples = {way: [factor * us for us in point.samples_us[SERIAL]] for way, factor in ways.items()}
+        samples = point.samples_us | samples
+        points.append(replace(point, samples_us=samples, bytes_moved=dict.fromkeys(samples, 1_000_000)))
+    lines = markdown(replace(run, points=points)).splitlines()
+    head = next(n for n, line in enumerate(lines) if line.startswith("| tokens"))
+    one_gemm = "fused us (x of qkvz) | fused us, padded as is fastest (x of qkvz)"
+    assert lines[head] == f"| tokens | serial us | dual_stream us (x of qkvz) | {one_gemm} | qkvz alone us | gain |"
+    column = lines[head].split("|").index(" fused us, padded as is fastest (x of qkvz) ")
+    assert [line.split("|")[column].strip() for line in lines[head + 2 : head + 5]] == [
+        f"{to_128}: 7.45 (0.900x)",
+        f"{to_256}: 8.69 (1.050x)",
+        "",
+    ]
+    assert {line.count("|") for line in lines[head : head + 5]} == {8}
+    below = [tuple(line.split(" | ")[:2]) for line in lines[head + 5 :]]
+    assert all((f"| {tokens}", way) in below for tokens, ways in factors.items() for way in ways)
 
 
 @needs_report

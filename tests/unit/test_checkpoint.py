@@ -9,6 +9,7 @@ import pytest
 from vllm_gdn_plugin import host
 from vllm_gdn_plugin.check import Report, check_elsewhere, with_model
 from vllm_gdn_plugin.checkpoint import Unreadable, digest, read_groups
+from vllm_gdn_plugin.plan import PADDED_TO
 from vllm_gdn_plugin.tuning import case_of, keep, without_narrow_kernel
 
 TEXT = {
@@ -151,15 +152,17 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, content: str | 
     assert "\n" not in str(raised.value)
 
 
-TO_COME = "; in CUDA graphs fused, dual_stream or serial, as timed on this GPU when the engine starts"
-EARLIER = "; in CUDA graphs dual_stream at 1 to 8 tokens, fused at 16 tokens (timed at an earlier start)"
+WAYS = f"fused, {', '.join(PADDED_TO)}, dual_stream or serial"
+TO_COME = f"; in CUDA graphs {WAYS}, as timed on this GPU when the engine starts"
+AT_16 = ", fused at 16 to 32 tokens, padded at 1 of 4 sizes"
+EARLIER = f"; in CUDA graphs dual_stream at 1 to 8 tokens{AT_16} (timed at an earlier start)"
 
 
 @pytest.mark.parametrize(
     ("variables", "platform", "gpu", "told"),
     [
         ({}, "cuda", "NVIDIA H200", EARLIER),
-        ({"MAX_TOKENS": "8"}, "cuda", "NVIDIA H200", EARLIER.replace(", fused at 16 tokens", "")),
+        ({"MAX_TOKENS": "8"}, "cuda", "NVIDIA H200", EARLIER.replace(AT_16, "")),
         ({"MAX_TOKENS": "0"}, "cuda", "NVIDIA H200", ""),
         ({}, "cuda", "NVIDIA L4", TO_COME),
         ({"TUNE": "0"}, "cuda", "NVIDIA H200", ""),
@@ -180,8 +183,10 @@ def test_what_this_gpu_was_timed_to_do_best_is_told(
     for name, value in {"driver": "580.1", "version": "0.32.0", "tuning_directory": tmp_path / "times"}.items():
         monkeypatch.setattr(host, name, lambda value=value: value)
     (group,) = read_groups(model(), 1, "cuda", "auto")
-    fast, slow = {"fused": 2.0, "dual_stream": 1.0, "serial": 3.0}, {"fused": 1.0, "dual_stream": 2.0, "serial": 3.0}
-    keep(case_of(group.facts, 4096, "NVIDIA H200"), {1: fast, 8: fast, 16: slow}, tmp_path / "times")
+    slow = dict.fromkeys(("fused", *PADDED_TO, "dual_stream", "serial"), 3.0)
+    apart, padded, fused = (slow | {way: 1.0} for way in ("dual_stream", "fused_to_256", "fused"))
+    times = {1: apart, 8: apart, 16: padded, 32: fused}
+    keep(case_of(group.facts, 4096, "NVIDIA H200"), times, tmp_path / "times")
     for name, text in variables.items():
         monkeypatch.setenv(f"VLLM_GDN_PLUGIN_{name}", text)
     report = with_model(Report("active", "", "auto", platform=platform, device=gpu), model(), 1)

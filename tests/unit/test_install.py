@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 import vllm_gdn_plugin
 from vllm_gdn_plugin import install
 from vllm_gdn_plugin.contract import GDN_CLASSES
+from vllm_gdn_plugin.plan import PADDED_TO
 from vllm_gdn_plugin.report import Ledger
 from vllm_gdn_plugin.settings import Settings, variable
 
@@ -439,7 +440,7 @@ def test_auto_chooses_by_time_and_what_is_asked_for_by_name_does_not(
     added: list[Any] = []
     ran: list[Any] = []
     tuner = SimpleNamespace(
-        add=lambda layer, facts: added.append((layer, facts)), run=lambda last: ran.append(last) or "words"
+        add=lambda layer, facts: added.append((layer, facts)) or (), run=lambda last: ran.append(last) or "words"
     )
     monkeypatch.setattr(plugin.install, "tuner", tuner)
     for name, text in variables.items():
@@ -457,6 +458,56 @@ def test_auto_chooses_by_time_and_what_is_asked_for_by_name_does_not(
         assert ran == layers[-1:], "the others' weights are in place by then, and not before"
 
 
+def weights_to_fuse(plugin: Any) -> None:
+    """Give the projections of the stand-in weights, and the plugin a ``FusedProjections`` that notes its arguments."""
+    plugin.tree.edit(
+        "vllm.model_executor.layers.linear",
+        ("class Merged", "class Weight:\n    device = 'cuda:0'\n\n\nclass Merged"),
+        ("        self.quant_method", "        self.weight = Weight()\n        self.quant_method"),
+    )
+    fused = ModuleType("vllm_gdn_plugin.fused")
+    fused.FusedProjections = lambda qkvz, ba, ways: SimpleNamespace(  # type: ignore[attr-defined]
+        both=(qkvz, ba), ways=ways, padding=448 if ways else 8
+    )
+    sys.modules[fused.__name__] = fused
+
+
+@pytest.mark.parametrize(
+    ("variables", "sizes", "timed"),
+    [
+        ({}, [1, 2, 512], True),
+        ({"MAX_TOKENS": "2"}, [2, 4], True),
+        ({"MAX_TOKENS": "2"}, [4, 8], False),
+        ({}, [], False),
+        ({"TUNE": "0"}, [1, 2], False),
+        ({"STRATEGY": "fused"}, [1, 2], False),
+    ],
+    ids=str,
+)
+def test_a_fused_layer_is_made_for_the_ways_that_auto_will_choose_from(
+    plugin: Any, variables: dict[str, str], sizes: list[int], timed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A padded GEMM needs room behind the weight, which the layer is given when it is constructed, or not at all."""
+    weights_to_fuse(plugin)
+    plugin.tree.edit(
+        "vllm.config.vllm", ('Config(name="FULL")', f'Config(name="FULL"), cudagraph_capture_sizes={sizes}')
+    )
+    plugin.tree.edit(GDN, ("Linear(6)", "Linear(12288)"), ("Linear(2)", "Linear(64)"))
+    plugin.tree.edit("vllm.model_executor.layers.linear", ("bias, gather", "input_size = 4096\n    bias, gather"))
+    for name, text in variables.items():
+        monkeypatch.setenv(f"VLLM_GDN_PLUGIN_{name}", text)
+    plugin.register()
+    layer = plugin.import_gdn()()
+    assert layer.gdn_strategy == "fused"
+    assert layer.gdn_fused.both == (layer.in_proj_qkvz, layer.in_proj_ba)
+    assert layer.gdn_fused.ways == (("fused", *PADDED_TO, "dual_stream", "serial") if timed else ())
+    key = Ledger()
+    key.record(layer.prefix, "fused", 448 if timed else 8)
+    compiled_for = plugin.vllm("envs").compile_factors()["VLLM_GDN_PLUGIN"]
+    assert compiled_for == f"{vllm_gdn_plugin.__version__} {key.state()}", "a graph of another width would not run"
+    assert plugin.said == []
+
+
 IN_PLACE = {
     (True, True): ([("info", "fused on 2 of 2 GDN layers")], "fused "),
     (True, False): ([("warning", "the loader replaced a weight"), ("info", "fused on 1 of 2 GDN layers")], "fused "),
@@ -470,14 +521,7 @@ IN_PLACE = {
 def test_a_fused_layer_goes_back_to_serial_where_a_loader_replaced_a_weight(
     plugin: Any, in_place: tuple[bool, ...], said: list[tuple[str, str]], state: str
 ) -> None:
-    plugin.tree.edit(
-        "vllm.model_executor.layers.linear",
-        ("class Merged", "class Weight:\n    device = 'cuda:0'\n\n\nclass Merged"),
-        ("        self.quant_method", "        self.weight = Weight()\n        self.quant_method"),
-    )
-    fused = ModuleType("vllm_gdn_plugin.fused")
-    fused.FusedProjections = lambda qkvz, ba: SimpleNamespace(both=(qkvz, ba), padding=8)  # type: ignore[attr-defined]
-    sys.modules[fused.__name__] = fused
+    weights_to_fuse(plugin)
     plugin.register()
     layers = [plugin.import_gdn()(f"layers.{i}") for i in range(2)]
     for layer, still in zip(layers, in_place, strict=True):
@@ -525,12 +569,14 @@ def test_an_engine_that_failed_to_load_does_not_silence_the_next(names: str, col
 def test_the_compile_key_tells_which_layer_runs_with_what() -> None:
     def state(**strategies: str) -> str:
         ledger = Ledger()
-        for name, strategy in strategies.items():
-            ledger.record(name, strategy)
+        for name, what in strategies.items():
+            strategy, _, padding = what.partition(" ")
+            ledger.record(name, strategy, int(padding or 0))
         return ledger.state()
 
     plans = [
         {"a": "fused", "b": "fused"},
+        {"a": "fused", "b": "fused 448"},
         {"a": "fused", "b": "serial"},
         {"a": "serial", "b": "fused"},
         {"a": "fused", "b": "dual_stream"},

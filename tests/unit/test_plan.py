@@ -1,4 +1,5 @@
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ from vllm_gdn_plugin.plan import (
     AUTO,
     DUAL_STREAM,
     FUSED,
+    MOST_PADDING,
     NARROW_KERNEL,
     NARROW_KERNEL_MAX_TOKENS,
+    PADDED_TO,
     REQUESTS,
+    ROW_ALIGNMENT,
     RULES,
     SERIAL,
     STRATEGIES,
@@ -20,8 +24,10 @@ from vllm_gdn_plugin.plan import (
     ProjectionFacts,
     choices,
     choices_at,
+    padded,
     plan,
     platform_plan,
+    rows_by_way,
 )
 
 BA = ProjectionFacts(UNQUANTIZED, "bfloat16", 64)
@@ -31,6 +37,7 @@ MADE_FOR = {
     DUAL_STREAM: LayerFacts("cuda", FP8, BA, "bfloat16"),
 }
 """The layer that each strategy is for: of a bf16 checkpoint, and of an official FP8 one."""
+TO_128, TO_256, TO_512 = PADDED_TO
 
 COMMON: dict[str, list[tuple[dict[str, Any], str]]] = {
     "no LoRA": [({"lora": True}, "LoRA is enabled")],
@@ -183,14 +190,16 @@ def test_any_layer_gets_the_first_strategy_whose_rules_all_hold(facts: LayerFact
 @pytest.mark.parametrize(
     ("made_for", "change", "ways"),
     [
-        (FUSED, {}, (FUSED, DUAL_STREAM, SERIAL)),
+        (FUSED, {}, (FUSED, *PADDED_TO, DUAL_STREAM, SERIAL)),
+        (FUSED, {"qkvz": {"output_size": 3072}, "ba": {"output_size": 16}}, (FUSED, TO_128, DUAL_STREAM, SERIAL)),
+        (FUSED, {"breakable_graphs": True}, (FUSED, *PADDED_TO, SERIAL)),
         (FUSED, {"batch_invariant": True}, (DUAL_STREAM, SERIAL)),
         (FUSED, {"weights_in_place": False}, (DUAL_STREAM, NARROW_KERNEL, SERIAL)),
         (DUAL_STREAM, {}, (DUAL_STREAM, NARROW_KERNEL, SERIAL)),
         (DUAL_STREAM, {"batch_invariant": True}, (DUAL_STREAM, SERIAL)),
     ],
 )
-def test_the_narrow_kernel_is_for_what_cannot_be_fused_and_may_round_differently(
+def test_padding_is_for_what_can_be_fused_and_the_narrow_kernel_for_what_cannot_and_may_round_differently(
     made_for: str, change: dict[str, Any], ways: tuple[str, ...]
 ) -> None:
     assert choices(changed(MADE_FOR[made_for], change)) == ways
@@ -205,9 +214,42 @@ def test_auto_chooses_by_time_between_what_the_rules_allow_and_serial(facts: Lay
         assert ways == ()
     else:
         assert (ways[0], ways[-1]) == (planned, SERIAL)
-        strategies = [way for way in ways if way != NARROW_KERNEL]
+        strategies = [way for way in ways if way not in (NARROW_KERNEL, *PADDED_TO)]
+        rows = rows_by_way(facts.qkvz.output_size + facts.ba.output_size) if FUSED in ways else {planned: 0}
+        assert ways[: len(rows)] == tuple(rows), "one GEMM and itself padded, one after the other"
+        assert PADDED_TO.keys() & {*ways[len(rows) :]} == set()
         assert all(plan(facts, way).strategy == way for way in strategies)
         assert (NARROW_KERNEL in ways) == (FUSED not in ways and not facts.batch_invariant)
         assert choices_at(ways, NARROW_KERNEL_MAX_TOKENS) == ways
-        assert choices_at(ways, NARROW_KERNEL_MAX_TOKENS + 1) == tuple(strategies)
+        many = tuple(way for way in ways if way != NARROW_KERNEL)
+        assert choices_at(ways, NARROW_KERNEL_MAX_TOKENS + 1) == many
         assert (DUAL_STREAM in ways) == (plan(facts, DUAL_STREAM).strategy == DUAL_STREAM)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "rows"),
+    [
+        (16384 + 96, {FUSED: 16480, TO_128: 16512, TO_256: 16640, TO_512: 16896}),  # 27B
+        (12288 + 64, {FUSED: 12352, TO_128: 12416, TO_256: 12544, TO_512: 12800}),  # 9B, 35B-A3B, Next-80B-A3B
+        (20480 + 128, {FUSED: 20608, TO_256: 20736, TO_512: 20992}),  # 122B-A10B: a multiple of 128 as it is
+        (3072 + 16, {FUSED: 3088, TO_128: 3200}),  # 9B at tensor-parallel size 4: to 256 it would be 8 % more
+        (12800, {FUSED: 12800}),
+        (48 + 6, {FUSED: 64}),
+    ],
+)
+def test_how_many_rows_the_one_gemm_has(outputs: int, rows: dict[str, int]) -> None:
+    assert list(rows_by_way(outputs).items()) == list(rows.items())
+
+
+@given(st.integers(1, 100_000))
+def test_every_padded_gemm_has_more_rows_than_the_one_before_and_few_more_than_outputs(outputs: int) -> None:
+    rows = rows_by_way(outputs)
+    counts = list(rows.values())
+    assert next(iter(rows)) == FUSED
+    assert all(count % (ROW_ALIGNMENT if way == FUSED else PADDED_TO[way]) == 0 for way, count in rows.items())
+    assert outputs <= counts[0] < outputs + ROW_ALIGNMENT
+    assert all(one < other for one, other in pairwise(counts))
+    most = outputs * (1 + MOST_PADDING)
+    assert all(count <= most for count in counts[1:])
+    left_out = [padded(outputs, multiple) for way, multiple in PADDED_TO.items() if way not in rows]
+    assert all(count in counts or count > most for count in left_out)

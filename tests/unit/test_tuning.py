@@ -19,7 +19,7 @@ import vllm_gdn_plugin
 from vllm_gdn_plugin import host, tuning
 from vllm_gdn_plugin.checkpoint import digest
 from vllm_gdn_plugin.overlap import UNQUANTIZED
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, LayerFacts, ProjectionFacts
+from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL, LayerFacts, ProjectionFacts
 from vllm_gdn_plugin.plan import NARROW_KERNEL_MAX_TOKENS as MOST
 from vllm_gdn_plugin.tuning import (
     NOISE,
@@ -39,7 +39,8 @@ BF16 = ProjectionFacts(UNQUANTIZED, "bfloat16", 12288)
 BA = replace(BF16, output_size=64)
 FP8 = replace(BF16, linear_method="Fp8LinearMethod")
 FACTS = LayerFacts("cuda", BF16, BA, "bfloat16")
-ALL = (FUSED, DUAL_STREAM, SERIAL)
+ALL = (FUSED, *PADDED_TO, DUAL_STREAM, SERIAL)
+TO_128, TO_256, TO_512 = PADDED_TO
 MIXED = (DUAL_STREAM, NARROW_KERNEL, SERIAL)
 CASE = Case("NVIDIA H200", "580.1", "2.11.0", "0.26.0", "0.1.0", 2048, BF16, BA, "", False, ALL)
 OTHER: dict[str, Any] = {
@@ -57,8 +58,9 @@ OTHER: dict[str, Any] = {
 }
 
 
-def at(fused: float, dual_stream: float, serial: float) -> dict[str, float]:
-    return {FUSED: fused, DUAL_STREAM: dual_stream, SERIAL: serial}
+def at(fused: float, dual_stream: float, serial: float, **padded: float) -> dict[str, float]:
+    """Of the padded ways, those that are not given take as long as fused."""
+    return {FUSED: fused, **dict.fromkeys(PADDED_TO, fused), **padded, DUAL_STREAM: dual_stream, SERIAL: serial}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,29 @@ def test_the_planned_way_is_kept_unless_another_is_clearly_faster(
     assert fastest({8: microseconds}, ways) == {8: chosen}
 
 
+@pytest.mark.parametrize(
+    ("microseconds", "chosen"),
+    [
+        (at(100, 200, 200, fused_to_256=98.9), TO_256),
+        (at(100, 200, 200, fused_to_256=99.1), FUSED),
+        (at(100, 200, 200, fused_to_128=95, fused_to_256=94, fused_to_512=97), TO_256),
+        (at(100, 200, 200, fused_to_128=99.1, fused_to_256=98.9, fused_to_512=98.8), TO_512),
+        (at(100, 81.1, 200, fused_to_128=90), TO_128),
+        (at(100, 80.9, 200, fused_to_128=90), DUAL_STREAM),
+        (at(100, 200, 89.2, fused_to_128=90), TO_128),
+        (at(100, 200, 89, fused_to_128=90), SERIAL),
+        (at(100, 88.5, 89, fused_to_128=90), DUAL_STREAM),  # as it is faster than serial, which is taken otherwise
+        (at(100, 200, 98.9, fused_to_128=98.95), TO_128),
+        (at(100, 200, 98.9, fused_to_128=99.1), SERIAL),
+        (at(100, 89.9, 200, fused_to_128=99.1), DUAL_STREAM),
+    ],
+)
+def test_one_gemm_is_compared_with_itself_padded_and_the_faster_of_these_with_two(
+    microseconds: dict[str, float], chosen: str
+) -> None:
+    assert fastest({8: microseconds}, ALL) == {8: chosen}
+
+
 def test_the_narrow_kernel_is_for_few_tokens(tmp_path: Path) -> None:
     few = {NARROW_KERNEL: 2.0, DUAL_STREAM: 3.0, SERIAL: 4.0}
     times: Times = {MOST: few, MOST + 1: {DUAL_STREAM: 3.0, SERIAL: 4.0}}
@@ -94,12 +119,21 @@ def test_the_narrow_kernel_is_for_few_tokens(tmp_path: Path) -> None:
     assert recall(case, tmp_path) == {}, "a way is missing"
 
 
-@given(st.dictionaries(st.integers(1, 512), st.builds(at, *[st.floats(1, 1e4)] * 3)))
+ANY_TIME = st.floats(1, 1e4)
+NEARLY_EQUAL = st.floats(85, 115)
+
+
+@given(
+    st.dictionaries(
+        st.integers(1, 512),
+        st.one_of(st.builds(at, *[time] * 3, **dict.fromkeys(PADDED_TO, time)) for time in (ANY_TIME, NEARLY_EQUAL)),
+    )
+)
 def test_nothing_chosen_is_slower_than_serial_beyond_the_margin(times: Times) -> None:
     chosen = fastest(times, ALL)
     assert chosen.keys() == times.keys()
     for tokens, way in chosen.items():
-        assert times[tokens][way] * (1 - NOISE[FUSED]) <= times[tokens][SERIAL]
+        assert all(times[tokens][way] * (1 - NOISE[FUSED]) <= times[tokens][other] for other in (SERIAL, *PADDED_TO))
         assert times[tokens][way] * (1 - TWO_STREAMS) <= times[tokens][DUAL_STREAM]
 
 
@@ -110,6 +144,12 @@ def test_nothing_chosen_is_slower_than_serial_beyond_the_margin(times: Times) ->
         ({512: FUSED}, "fused at 512 tokens"),
         ({4: DUAL_STREAM, 1: DUAL_STREAM, 8: FUSED}, "dual_stream at 1 to 4 tokens, fused at 8 tokens"),
         ({1: FUSED, 2: SERIAL, 4: FUSED, 8: FUSED}, "fused at 1 token, serial at 2 tokens, fused at 4 to 8 tokens"),
+        ({1: FUSED, 2: TO_512, 4: TO_128, 8: TO_512}, "fused at 1 to 8 tokens, padded at 3 of 4 sizes"),
+        ({1: TO_128, 2: TO_128}, "fused at 1 to 2 tokens, padded at 2 of 2 sizes"),
+        (
+            {1: TO_256, 2: SERIAL, 4: TO_256, 8: FUSED},
+            "fused at 1 token, serial at 2 tokens, fused at 4 to 8 tokens, padded at 2 of 4 sizes",
+        ),
     ],
 )
 def test_a_choice_is_described_by_runs(chosen: dict[int, str], text: str) -> None:
@@ -256,6 +296,16 @@ def test_the_next_start_times_only_what_is_new(engine: Engine) -> None:
     assert phrase.startswith("dual_stream at 1 token, fused at 8 to 16 tokens (timed in ")
 
 
+def test_one_gemm_padded_is_chosen_and_kept_like_any_way(engine: Engine) -> None:
+    engine.takes = at(3, 3, 4, fused_to_256=2)
+    for how in ("in 0.0 s", "at an earlier start"):
+        layers = engine.layers(2)
+        assert engine.tuner.run(layers[-1]) == f"fused at 1 to 4 tokens, padded at 3 of 3 sizes (timed {how})"
+        assert all(layer.gdn_tuned == dict.fromkeys((1, 2, 4), TO_256) for layer in layers)
+    assert len(engine.timed) == 1
+    assert engine.prepared == 0, "no graph has two streams"
+
+
 def test_what_cannot_be_timed_in_its_time_stays_planned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["vllm_gdn_plugin.ways"], "timed", lambda *case: {1: engine.takes})
     layers = engine.layers(2)
@@ -372,6 +422,7 @@ def test_only_what_can_be_chosen_is_timed(
 ) -> None:
     engine.sizes = sizes
     layers = engine.layers(2, facts, max_tokens)
+    assert engine.tuner.add(layers[-1], facts) == (() if timed is None else ALL), "for these the layer makes room"
     engine.tuner.run(layers[-1])
     assert [sizes for *_, sizes in engine.timed] == ([] if timed is None else [timed])
 
@@ -404,6 +455,7 @@ def test_whatever_fails_the_plan_stands_and_a_line_says_why(
 
     monkeypatch.setattr(sys.modules["vllm_gdn_plugin.ways"] if step == "timed" else host, step, fail)
     layers = engine.layers(2)
+    assert engine.tuner.add(layers[-1], FACTS) == (() if step in ("captured_sizes", "gpu") else ALL)
     assert engine.tuner.run(layers[-1]) == ""
     assert all(layer.gdn_tuned == {} for layer in layers)
     assert set(engine.said) == {(tuning.UNTIMED, "unexpected ZeroDivisionError: planted")}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from vllm_gdn_plugin.bench.results import QKVZ
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.verify import Outputs
 from vllm_gdn_plugin.fused import FusedProjections
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL, choices_at
+from vllm_gdn_plugin.plan import DUAL_STREAM, NARROW_KERNEL, PADDED_TO, SERIAL, choices_at
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Step = Callable[["Projections", torch.Tensor], Outputs]
@@ -38,7 +39,7 @@ class Projections:
         if self.fused is None:
             return None
         both = F.linear(hidden_states.double(), self.fused.weight.double())
-        return tuple(both.split([*self.fused.sizes, self.fused.padding], dim=-1)[:2])
+        return both[:, : self.fused.sizes[0]], both[:, self.fused.sizes[0] : sum(self.fused.sizes)]
 
 
 def random_weight(rows: int, hidden: int, dtype: torch.dtype, device: str) -> torch.nn.Parameter:
@@ -48,18 +49,24 @@ def random_weight(rows: int, hidden: int, dtype: torch.dtype, device: str) -> to
 
 
 def unquantized(shape: Shape, dtype: torch.dtype, device: str) -> Projections:
-    """Both projections on weights of one dtype, in the plugin's own storage: row blocks of the fused weight."""
-    qkvz, ba = (SimpleNamespace(weight=random_weight(n, shape.hidden, dtype, device)) for n in (shape.qkvz, shape.ba))
-    one = FusedProjections(qkvz, ba)
+    """Both projections on weights of one dtype, in the plugin's own storage: row blocks of the fused weight. On a GPU
+    the one GEMM has the ways that ``auto`` may choose from."""
+    method = SimpleNamespace(apply=lambda layer, x: F.linear(x, layer.weight))
+    qkvz, ba = (
+        SimpleNamespace(weight=random_weight(n, shape.hidden, dtype, device), quant_method=method)
+        for n in (shape.qkvz, shape.ba)
+    )
+    one = FusedProjections(qkvz, ba, PADDED_TO if device == "cuda" else ())
     first, second = qkvz.weight, ba.weight
+    row = shape.hidden * dtype.itemsize
     return Projections(
         lambda x: F.linear(x, first),
         lambda x: F.linear(x, second),
         {
             SERIAL: first.nbytes + second.nbytes,
             DUAL_STREAM: first.nbytes + second.nbytes,
-            FUSED: one.weight.nbytes,
             QKVZ: first.nbytes,
+            **{way: rows * row for way, rows in one.rows.items()},
         },
         one,
     )
@@ -70,10 +77,10 @@ def serial(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
     return layer.qkvz(hidden_states), layer.ba(hidden_states)
 
 
-def fused(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
-    """One GEMM; the outputs are views of its result."""
+def fused(way: str, layer: Projections, hidden_states: torch.Tensor) -> Outputs:
+    """One GEMM, with the rows of this way; the outputs are views of its result."""
     assert layer.fused is not None
-    both = F.linear(hidden_states, layer.fused.weight)
+    both = layer.fused.apply(hidden_states, way)
     qkvz, ba, _ = both.split([*layer.fused.sizes, layer.fused.padding], dim=-1)
     return qkvz, ba
 
@@ -118,7 +125,7 @@ def steps(layer: Projections, aux_stream: Any | None, num_tokens: int) -> dict[s
     """The ways in which ``layer`` can be run with so many tokens."""
     ways: dict[str, Step] = {SERIAL: serial, DUAL_STREAM: dual_stream(aux_stream), QKVZ: qkvz_alone}
     if layer.fused is not None:
-        ways[FUSED] = fused
+        ways |= {way: partial(fused, way) for way in layer.fused.rows}
     if layer.ba_weight is not None and NARROW_KERNEL in choices_at((NARROW_KERNEL,), num_tokens):
         ways[NARROW_KERNEL] = narrow_kernel(aux_stream)
     return ways

@@ -6,7 +6,7 @@ import torch
 
 from vllm_gdn_plugin.bench.errors import WrongResult
 from vllm_gdn_plugin.bench.results import QKVZ
-from vllm_gdn_plugin.plan import FUSED, NARROW_KERNEL, SERIAL
+from vllm_gdn_plugin.plan import FUSED, NARROW_KERNEL, PADDED_TO, SERIAL
 
 Outputs = tuple[torch.Tensor, ...]
 
@@ -19,9 +19,9 @@ TOLERANCE = 1.05
 def verify(outputs: Mapping[str, Outputs], reference: Sequence[torch.Tensor | None] | None = None) -> None:
     """Compare what the strategies gave for the same hidden states and weights.
 
-    dual_stream and qkvz alone run serial's kernels: bit-equal. fused and narrow_kernel are held against float64: the
-    Frobenius norm of their error is at most ``TOLERANCE`` times that of serial, in each projection that has a
-    reference; the others are bit-equal.
+    dual_stream and qkvz alone run serial's kernels: bit-equal. fused, also padded, and narrow_kernel are held against
+    float64: the Frobenius norm of their error is at most ``TOLERANCE`` times that of serial, in each projection that
+    has a reference; the others are bit-equal.
 
     Args:
         outputs: by strategy, (num_tokens, qkvz) and (num_tokens, ba); of qkvz alone the first only.
@@ -34,7 +34,7 @@ def verify(outputs: Mapping[str, Outputs], reference: Sequence[torch.Tensor | No
         if name == SERIAL:
             continue
         exact: Sequence[torch.Tensor | None] = (None, None)
-        if name in (FUSED, NARROW_KERNEL):
+        if name in (FUSED, *PADDED_TO, NARROW_KERNEL):
             if reference is None:
                 raise ValueError(f"{name} needs a reference")
             exact = reference
