@@ -31,13 +31,10 @@ from vllm_gdn_plugin.bench.stats import summary
 from vllm_gdn_plugin.bench.strategies import random_weight
 from vllm_gdn_plugin.bench.table import about_machine, table
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
+from vllm_gdn_plugin.plan import padded
 from vllm_gdn_plugin.timing import CudaTimer, one_after_the_other
 
 Row = dict[str, Any]
-
-
-def padded(rows: int, multiple: int) -> int:
-    return rows + -rows % multiple
 
 
 def kernels_of(call: Callable[[], object]) -> list[str]:

@@ -174,8 +174,8 @@ of four. They are a part of a decode step: in the four runs of whole engines in 
 {min(faster):.1f} to {max(faster):.1f} % shorter with `auto` at {len(faster)} of {len(found)} points, and no difference
 is shown at the rest. A prompt of 8192 tokens is shown to take longer to its first token in none of them; of up to 512
 nothing can be told; between the largest captured size and that, seen at 1024, it may take longer. GPU memory:
-{more_memory(whole, AUTO)} of {allocated(whole, OFF) / 1024:.0f} GiB with `auto`, {more_memory(both, DUAL_STREAM)} with
-dual_stream. All of it with what speaks against it:"""
+{more_memory(whole, AUTO)} of {allocated(whole, OFF) / 1024:.0f} GiB with `auto`, {more_memory(both, DUAL_STREAM)} of
+{allocated(both, OFF) / 1024:.0f} GiB with dual_stream. All of it with what speaks against it:"""
 
 
 FEW = 64
@@ -242,17 +242,17 @@ layers](benchmarks/results/h200-27B-again/serve.md), with dual_stream up to 16 t
 Two starts of the same engine differ, too, which the intervals do not include: of stock, with
 [16 layers](benchmarks/results/h200-27B-16-layers-two-starts/serve.md), by up to {starts(twice)} % of TPOT. So engines
 do not show all that the projections do alone. By those, Qwen3.5-27B in bf16 should gain
-{foretold(whole, "bfloat16", FUSED)} with fused as it is, {foretold(whole, "bfloat16", AUTO)} padded, as in the table,
-and {foretold(whole, "bfloat16", DUAL_STREAM)} with dual_stream. With 32 of its 64 layers, in
+{foretold(whole, "bfloat16", FUSED)} with fused as it is, {foretold(whole, "bfloat16", AUTO)} padded, and
+{foretold(whole, "bfloat16", DUAL_STREAM)} with dual_stream. With 32 of its 64 layers, in
 [one run](benchmarks/results/h200-27B-32-layers-fused-dual-stream/serve.md) with fused and dual_stream beside stock and
 in [another](benchmarks/results/h200-27B-32-layers-padded/serve.md) with fused and `auto`, TPOT changes, by the medians:
 
 {side_by_side(both, padded)}
 
-Neither padding nor two streams are ahead of fused there, as they are when timed alone. Why is not known: in
-[traces](benchmarks/results/h200-decode-27B.md) the layer takes as much less time with dual_stream as the projections
-have it. So `auto` takes two streams in place of one GEMM only where they are far ahead; padding it takes, since it
-costs next to nothing. With FP8, where two streams are all there is, Qwen3.5-27B should gain
+But at 16 requests, neither padding nor two streams are ahead of fused there, as they are when timed alone. Why is not
+known: in [traces](benchmarks/results/h200-decode-27B.md) the layer takes as much less time with dual_stream as the
+projections have it. So `auto` takes two streams in place of one GEMM only where they are far ahead; padding it takes,
+since it costs next to nothing. With FP8, where two streams are all there is, Qwen3.5-27B should gain
 {foretold(fp8, "fp8", DUAL_STREAM)}; what it gains too much at 8 requests is of the size that addresses make. More runs,
 with fewer layers, other formats, and through `vllm bench serve`, are in the [notes](benchmarks/NOTES.md).
 
@@ -273,7 +273,8 @@ four layers and all engines bound to two CPUs {change(first_fp8, "ttft_ms", "102
 {change(apart, "ttft_ms", "1024 in", DUAL_STREAM)} in
 [another](benchmarks/results/h200-27B-FP8-4-layers-fork-join/serve.md). 512 tokens, which are captured, give
 {change(first_fp8, "ttft_ms", "512 in", AUTO)} and {change(apart, "ttft_ms", "512 in", DUAL_STREAM)} there. The likely
-reason, not traced: the GPU waits for the CPU of this host. With four layers in bf16 and `auto`,
+reason, not traced: the GPU waits for the CPU of this host. None of this was measured since `auto` pads, for which each
+such call takes the CPU some microseconds more. With four layers in bf16 and `auto`,
 [no length shows a difference](benchmarks/results/h200-27B-4-layers-first-tokens/serve.md); nor do
 [eager engines](benchmarks/results/h200-27B-8-layers-eager/serve.md) with fused, within some percent. If such prompts
 are what you serve, measure; where it is slower, take `VLLM_GDN_PLUGIN_STRATEGY=serial`, or have vLLM capture larger
@@ -286,8 +287,9 @@ overlaps has a workspace of cuBLAS for the second stream, 32 MiB on this GPU; wh
 weights is shared by up to eight layers. The older run with AWQ, in which it was not, has {memory_of(awq)}. What PyTorch
 holds in all, to give it out later, two starts of stock differ by more: with 16 layers {held(twice, OFF)} and
 {held(twice, OFF + SECOND)}, beside {held(twice, FUSED)} with fused and {held(twice, DUAL_STREAM)} with dual_stream.
-While it loads, an engine that fuses takes up to seven layers' projections more, 1.1 GiB with Qwen3.5-27B, where there
-is room, and one layer's where there is not (worked out, not measured). Where vLLM sizes the KV cache by the memory it
+While it loads, an engine that fuses takes up to eight layers' projections more, 1.3 GiB with Qwen3.5-27B, where there
+is room, and one layer's where there is not (worked out, not measured). With tensorizer, which does not tell when it is
+done, up to seven layers' may stay. Where vLLM sizes the KV cache by the memory it
 finds, what stays should come out of that (not measured: these runs fix the KV cache)."""
 
 

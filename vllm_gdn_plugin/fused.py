@@ -98,10 +98,10 @@ def allocated(rows: int, reach: int, like: torch.Tensor) -> Allocation:
 
 
 class Views(dict[str, torch.Tensor]):
-    """Of weights, which are not copied with a layer: what is copied has weights of its own, and does not use these."""
+    """Of weights, which are not copied with a layer: what is copied has weights of its own, and would not use these."""
 
     def __deepcopy__(self, memo: Any) -> "Views":
-        return self
+        return Views()
 
 
 class FusedProjections:
@@ -119,6 +119,7 @@ class FusedProjections:
         self.qkvz, self.ba = qkvz, ba
         self.sizes = (qkvz.weight.shape[0], ba.weight.shape[0])
         self.rows = {way: n for way, n in rows_by_way(sum(self.sizes)).items() if way == FUSED or way in ways}
+        self.is_padded = len(self.rows) > 1
         self.padding = max(self.rows.values()) - sum(self.sizes)
         self._packed: tuple[Any, Any] | None = None
         self._loaded = False
@@ -144,7 +145,7 @@ class FusedProjections:
         allocation.left.pop()  # where a step before fails, everything is as it was
         allocation.held_by.add(self)
         self.allocation, self.weight, self._where = allocation, parameter, where
-        rows = self.rows if len(self.rows) > 1 else {}
+        rows = self.rows if self.is_padded else {}  # vLLM's own linear method needs none, and may drop the weight
         self._read_by = Views({way: reached[:n].t() for way, n in rows.items()})
         self.qkvz.weight.data, self.ba.weight.data = blocks[:2]
 
@@ -197,9 +198,9 @@ class FusedProjections:
 
     def apply(self, hidden_states: torch.Tensor, way: str = FUSED) -> torch.Tensor:
         """Both projections of ``hidden_states`` (num_tokens, hidden_size): (num_tokens, qkvz + ba + padding)."""
-        if not self._read_by:
+        if not self.is_padded:
             return self.qkvz.quant_method.apply(self, hidden_states)
-        both, *_ = self.result_for(hidden_states)
+        both = hidden_states.new_empty((hidden_states.shape[0], sum(self.sizes) + self.padding))
         torch.mm(hidden_states, self._read_by[way], out=both[:, : self.rows[way]])
         return both
 
@@ -238,7 +239,7 @@ class FusedProjections:
         if self._packed is None:
             sizes = [*self.sizes, self.padding]
             both, one_by_one = self.apply(hidden_states), self.apply_serially(layer, hidden_states)
-            pairs = zip(both.double().split(sizes, -1), one_by_one.double().split(sizes, -1), strict=True)
+            pairs = list(zip(both.double().split(sizes, -1), one_by_one.double().split(sizes, -1), strict=True))[:2]
             same = all((one - other).norm() <= SAME * other.norm() for one, other in pairs)
             self._packed = now if same else (None, None)
         return all(one is other for one, other in zip(now, self._packed, strict=True))

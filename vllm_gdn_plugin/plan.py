@@ -18,7 +18,7 @@ ROW_ALIGNMENT = 16
 where the row stride is divisible by 16."""
 
 PADDED_TO = {f"fused_to_{multiple}": multiple for multiple in (128, 256, 512)}
-"""fused with a GEMM of some more rows, to a multiple of so many: on an NVIDIA H200 it takes from 0.88 to 1.29 times as
+"""fused with a GEMM of some more rows, to a multiple of so many: on an NVIDIA H200 it takes from 0.84 to 1.29 times as
 long, by shape and number of tokens (benchmarks/NOTES.md), so only ``auto`` takes it, where it was timed as faster. The
 rows read in addition are those of the next layer's weight; what they give is not used."""
 
@@ -193,7 +193,7 @@ def choices(facts: LayerFacts) -> tuple[str, ...]:
     if allowed == [DUAL_STREAM] and not facts.batch_invariant:
         allowed.append(NARROW_KERNEL)
     if FUSED in allowed:
-        allowed[1:1] = list(rows_by_way(facts.qkvz.output_size + facts.ba.output_size))[1:]
+        allowed = [*rows_by_way(facts.qkvz.output_size + facts.ba.output_size), *allowed[1:]]
     return (*allowed, SERIAL) if allowed else ()
 
 

@@ -55,7 +55,9 @@ class Settings:
         "auto: the fastest safe one for each layer; fused; dual_stream; serial: stock vLLM, untouched",
     )
     max_tokens: int = _setting(
-        DEFAULT_MAX_TOKENS, _count, "dual_stream overlaps batches of up to this many tokens; 0: none"
+        DEFAULT_MAX_TOKENS,
+        _count,
+        "dual_stream overlaps batches of up to this many tokens, and auto times none that is larger; 0: none at all",
     )
     tune: bool = _setting(
         True,

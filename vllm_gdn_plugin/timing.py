@@ -1,7 +1,7 @@
 """How GPU work is timed: captured in a CUDA graph, as the engine does, and replayed between two events."""
 
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -11,12 +11,19 @@ MOST_TAKEN = 2**20
 """Bytes. PyTorch keeps larger blocks apart from these; at 64 tokens and more, addresses make no difference."""
 
 Result = TypeVar("Result")
+Layer = TypeVar("Layer")
 
 
 def interleaved(names: list[str], rounds: int, seed: int = 0) -> list[list[str]]:
     """The order within each round: shuffled, so that none always follows the same other."""
     generator = random.Random(seed)
     return [generator.sample(names, len(names)) for _ in range(rounds)]
+
+
+def apart(layers: Sequence[Layer]) -> list[Layer]:
+    """Layers whose weights lie one behind the other, in an order in which no neighbours follow each other: one GEMM
+    may read rows of the next weight, which would still be cached."""
+    return [*layers[::2], *layers[1::2]]
 
 
 def one_after_the_other(

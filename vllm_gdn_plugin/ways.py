@@ -21,18 +21,19 @@ from vllm_gdn_plugin.op import (
 )
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL, choices_at
 from vllm_gdn_plugin.report import unexpected, warn_once
-from vllm_gdn_plugin.timing import CudaTimer, one_after_the_other
+from vllm_gdn_plugin.timing import CudaTimer, apart, one_after_the_other
 from vllm_gdn_plugin.tuning import Case, Times
 
 SECONDS = 5.0
 """After this long no further number of tokens is timed: at the next start, the rest."""
 
-WARM_UP_ROUNDS, ROUNDS = 1, 5
+WARM_UPS, ROUNDS = 1, 8
 LAYERS = {FUSED: 8, DUAL_STREAM: CudaTimer.min_layers}
-"""By planned strategy: how many share what it costs to start a graph. More where the input is quantised, since that
-lies elsewhere in each of them (:func:`vllm_gdn_plugin.timing.one_after_the_other`)."""
+"""By planned strategy: how many share what it costs to start a graph, at the least. More where the input is quantised,
+since that lies elsewhere in each of them (:func:`vllm_gdn_plugin.timing.one_after_the_other`)."""
 CACHE_FILLS = 4
-"""The layers that are timed in turn hold this many times what the GPU's cache holds: their weights come from memory."""
+"""The layers that are timed in turn hold this many times what the GPU's cache holds, if ``CudaTimer.min_layers`` of
+them do: their weights come from memory."""
 
 
 def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
@@ -59,9 +60,9 @@ def _timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
     timer = CudaTimer()
     weight_bytes = sum(parameter.nbytes for parameter in layers[0].in_proj_qkvz.parameters())
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    turns_each = LAYERS[case.ways[0]]
-    count = min(turns_each, max(4, CACHE_FILLS * cache_bytes // weight_bytes))
-    turns = list(islice(cycle(layers[:count]), turns_each))
+    count = min(timer.min_layers, max(4, CACHE_FILLS * cache_bytes // weight_bytes))
+    different = apart(layers[:count])
+    turns = list(islice(cycle(different), max(len(different), LAYERS[case.ways[0]])))
     ways = WAYS[case.ways[0]]
     dtype = getattr(torch, case.qkvz.dtype)
     device = layers[0].in_proj_ba.weight.device
@@ -80,7 +81,7 @@ def _timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
                 way: timer.prepare(partial(one_after_the_other, ways[way], turns, x))[0]
                 for way in choices_at(case.ways, tokens)
             }
-            samples = timer.measure(prepared, ROUNDS, WARM_UP_ROUNDS)
+            samples = timer.measure(prepared, ROUNDS, WARM_UPS)
             prepared.clear()  # a graph that ends later could give back the workspace of the next ones
             times[tokens] = {way: statistics.median(values) / len(turns) for way, values in samples.items()}
     return times

@@ -739,7 +739,7 @@ def test_a_copied_layer_has_its_own_weights_and_no_allocation(padded: Callable[[
         linear.weight.data.mul_(2)
     assert copied.weight.untyped_storage().nbytes() == copied.weight.nbytes
     assert copied.allocation is fused.allocation
-    assert copied._read_by is fused._read_by, "or all of the allocation would be there twice"
+    assert not copied._read_by, "or all of the allocation would be there twice, or as long as the copy"
     assert copied.why_broken(other, x) is not None, "or it would read the weights of the first"
     torch.testing.assert_close(copied.apply_serially(other, x)[:, : WIDE + BA], 2 * before)
     assert torch.equal(used(fused, x), before)

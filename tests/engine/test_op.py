@@ -463,9 +463,29 @@ def test_what_is_timed_is_as_many_layers_as_a_graph_needs_each_at_other_addresse
     assert times == {tokens: {planned: 256 / turns, "serial": 256 / turns} for tokens in (4, 64)}
     assert len(ran) == 2 * turns
     for graph in (ran[:turns], ran[turns:]):
-        assert [layer for layer, _ in graph] == turns // 4 * made[:4], "no more than fill the cache, in turn"
+        assert [layer for layer, _ in graph] == turns // 4 * [made[n] for n in (0, 2, 1, 3)], (
+            "in turn, neighbours apart"
+        )
         addresses = {address for _, address in graph}
         assert len(addresses) > turns // 2, "a CPU's malloc may give one out again before all are used"
+
+
+@pytest.mark.parametrize(("count", "fills", "turns"), [(12, 10, 10), (12, 100, 12), (20, 100, 16), (2, 100, 8)])
+def test_so_many_layers_are_timed_that_a_large_cache_does_not_hold_them(
+    layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch, count: int, fills: int, turns: int
+) -> None:
+    from vllm_gdn_plugin import op
+
+    made = [op.host.layer_by_name(name) for name in layers(count)]
+    size = made[0].in_proj_qkvz.weight.nbytes
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=fills * size // 4)
+    )
+    ran: list[Any] = []
+    monkeypatch.setitem(timing.WAYS, "fused", {"fused": lambda layer, x: ran.append(layer), "serial": lambda *_: None})
+    timing.timed(made, case_planned("fused"), [4])
+    assert len(ran) == turns
+    assert {id(layer) for layer in ran} == {id(layer) for layer in made[:turns]}
 
 
 def test_timing_that_fails_gives_back_its_memory(

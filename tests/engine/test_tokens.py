@@ -17,9 +17,12 @@ GDN_LAYERS = 3
 def generated(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> Callable[[str, str, bool], Any]:
     @cache
     def generate(kind: str, strategy: str, eager: bool) -> Any:
-        env, _ = witness()
-        plugin = {"VLLM_PLUGINS": "witness"} if strategy == "off" else {"VLLM_GDN_PLUGIN_STRATEGY": strategy}
-        return run_generate(kind, env=env | plugin, eager=eager)
+        env, events = witness()
+        plugin = {
+            "off": {"VLLM_PLUGINS": "witness"},
+            "padded": {"VLLM_GDN_PLUGIN_STRATEGY": "fused", "WITNESS_PADS": "1"},
+        }.get(strategy, {"VLLM_GDN_PLUGIN_STRATEGY": strategy})
+        return run_generate(kind, env=env | plugin, eager=eager) | {"events": events()}
 
     return generate
 
@@ -53,6 +56,16 @@ def test_same_as_stock(
     for name in ("vllm", "torch"):
         record_property(name, plugin[name])
     record_property("op_calls", plugin["op_calls"][strategy])
+
+
+def test_same_as_stock_with_a_padded_gemm(generated: Callable[..., Any]) -> None:
+    stock, plugin = generated("qwen3_5", "off", False), generated("qwen3_5", "padded", False)
+    assert plugin["token_ids"] == stock["token_ids"]
+    for ours, theirs in zip(plugin["logprobs"], stock["logprobs"], strict=True):
+        assert ours == pytest.approx(theirs, abs=0.05)
+    padded = [event for event in plugin["events"] if event["event"] == "padded"]
+    assert len(padded) == plugin["op_calls"]["fused"] > 0
+    assert {(event["rows"]["fused"], event["width"]) for event in padded} == {(1552, 2048)}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +116,7 @@ def test_auto_leaves_the_cpu_alone(generated: Callable[..., Any]) -> None:
 
 def test_no_two_ways_share_a_compiled_artifact(generated: Callable[..., Any]) -> None:
     """vLLM names the directory of an ahead-of-time artifact by its key: absent, present, another strategy."""
-    added = [generated("qwen3_5", strategy, False)["compile_caches"] for strategy in ("off", "dual_stream", "fused")]
+    ways = ("off", "dual_stream", "fused", "padded")
+    added = [generated("qwen3_5", way, False)["compile_caches"] for way in ways]
     assert all(added)
     assert len(set.union(*added)) == sum(map(len, added))

@@ -4,6 +4,7 @@ Made an installed distribution by the fixture `witness`. vLLM loads it before th
 
     WITNESS_FILE    where each event is appended as a line of JSON
     WITNESS_BREAKS  the step of vllm_gdn_plugin that fails: a key of `BREAKS`; or of `CORRUPTS`, to compute wrongly
+    WITNESS_PADS    1: each fused layer runs as wide as it may be padded, which otherwise `auto` does on a GPU alone
 """
 
 import functools
@@ -34,6 +35,8 @@ def register() -> None:
         return
     _note_settings(install)
     _count_op_calls(host)
+    if os.environ.get("WITNESS_PADS"):
+        _pad()
     broken = os.environ.get("WITNESS_BREAKS")
     if broken:
         (BREAKS | CORRUPTS)[broken]()
@@ -86,6 +89,22 @@ def _count_op_calls(host: Any) -> None:
         return layer
 
     host.layer_by_name = counting
+
+
+def _pad() -> None:
+    from vllm_gdn_plugin import fused, op, plan
+
+    FusedProjections = fused.FusedProjections
+
+    def widest(layer: Any, hidden_states: Any) -> str:
+        rows = layer.gdn_fused.rows
+        note("padded", rows=rows, width=sum(layer.gdn_fused.sizes) + layer.gdn_padding)
+        return max(rows, key=rows.__getitem__)
+
+    plan.MOST_PADDING = 1.0  # of a small model
+    fused.layers_per_allocation = lambda *sizes: 2
+    fused.FusedProjections = lambda qkvz, ba, ways: FusedProjections(qkvz, ba, plan.PADDED_TO)
+    op.way_to_fuse = widest
 
 
 def calls_of_all_processes() -> dict[str, int]:

@@ -15,7 +15,7 @@ from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
 from vllm_gdn_plugin.bench.verify import Outputs, verify
-from vllm_gdn_plugin.timing import CudaTimer, one_after_the_other
+from vllm_gdn_plugin.timing import CudaTimer, apart, one_after_the_other
 
 SEED = 0
 
@@ -76,7 +76,7 @@ def measure(task: Task, run: Run, progress: Any) -> None:
         for shape in task.shapes:
             first = make(shape)
             count = layer_count(max(first.weight_bytes.values()), run.machine.l2_cache_bytes, timer.min_layers)
-            layers = [first, *(make(shape) for _ in range(count - 1))]
+            layers = apart([first, *(make(shape) for _ in range(count - 1))])
             for tokens in task.tokens:
                 where = f"{shape.name}, TP {shape.tensor_parallel_size}, {tokens} tokens"
                 progress.set_description(where)
