@@ -285,8 +285,9 @@ sizes (`--max-cudagraph-capture-size`; not measured, it takes memory and time to
 {memory_of(padded, FUSED)}, `auto` {memory_of(padded, AUTO)}, dual_stream {memory_of(both, DUAL_STREAM)}. An engine that
 overlaps has a workspace of cuBLAS for the second stream, 32 MiB on this GPU; what rounding and padding add to fused
 weights is shared by up to eight layers. The older run with AWQ, in which it was not, has {memory_of(awq)}. What PyTorch
-holds in all, to give it out later, two starts of stock differ by more: with 16 layers {held(twice, OFF)} and
-{held(twice, OFF + SECOND)}, beside {held(twice, FUSED)} with fused and {held(twice, DUAL_STREAM)} with dual_stream.
+holds in all, to give it out later, is {more_held(whole, AUTO)} with `auto` and Qwen3.5-27B, and {more_held(moe, AUTO)}
+with 35B-A3B. Two starts of stock differ by more: with 16 layers {held(twice, OFF)} and {held(twice, OFF + SECOND)},
+beside {held(twice, FUSED)} with fused and {held(twice, DUAL_STREAM)} with dual_stream.
 While it loads, an engine that fuses takes up to eight layers' projections more, 1.3 GiB with Qwen3.5-27B, where there
 is room, and one layer's where there is not (worked out, not measured). With tensorizer, which does not tell when it is
 done, up to seven layers' may stay. Where vLLM sizes the KV cache by the memory it
@@ -396,9 +397,18 @@ def starts(run: EngineRun) -> str:
     return f"{max(100 * abs(ratio - 1) for ratio in ratios_of_medians(run, OFF + SECOND).values()):.1f}"
 
 
-def held(run: EngineRun, name: str) -> str:
+def reserved(run: EngineRun, name: str) -> float:
+    """MiB, once the engine has started."""
     (found,) = run.values("reserved_mib", START, name).values()
-    return f"{found:.0f} MiB"
+    return found
+
+
+def held(run: EngineRun, name: str) -> str:
+    return f"{reserved(run, name):.0f} MiB"
+
+
+def more_held(run: EngineRun, name: str) -> str:
+    return f"{reserved(run, name) - reserved(run, OFF):+.0f} MiB"
 
 
 def change(run: EngineRun, metric: str, case: str, name: str) -> str:
