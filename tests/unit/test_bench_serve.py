@@ -93,8 +93,9 @@ if sys.argv[1] == "serve":
     server = ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Answers)
     print("" if strategy == "off" else "vllm-gdn-plugin 0: at work on 3 of 4 GDN layers", flush=True)
     asked = sorted(path.name for path in HERE.glob("asked-*"))
-    HERE.joinpath(f"new-{strategy}").write_text(json.dumps([subprocess.Popen(["sleep", "600"]).pid, *asked]))
-    HERE.joinpath(f"new-{strategy}").rename(HERE / f"started-{strategy}")
+    new = HERE / f"new-{os.getpid()}"  # two of a strategy may start at once
+    new.write_text(json.dumps([subprocess.Popen(["sleep", "600"]).pid, *asked]))
+    new.rename(HERE / f"started-{strategy}")
     server.serve_forever()
 assert sys.argv[1:3] == ["bench", "serve"]
 if "--help" in sys.argv:
