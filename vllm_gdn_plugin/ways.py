@@ -90,14 +90,13 @@ def _timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
 Way = Callable[[Any, torch.Tensor], object]
 
 
-def _padded(way: str, layer: Any, x: torch.Tensor) -> object:
+def _one_gemm(way: str, layer: Any, x: torch.Tensor) -> object:
     return layer.gdn_fused.apply(x, way)
 
 
 WAYS: dict[str, dict[str, Way]] = {
     FUSED: {
-        FUSED: lambda layer, x: layer.gdn_fused.apply(x),
-        **{way: partial(_padded, way) for way in PADDED_TO},
+        **{way: partial(_one_gemm, way) for way in (FUSED, *PADDED_TO)},
         DUAL_STREAM: lambda layer, x: project_fused_apart(layer, x, fork_and_join(layer, x)),
         SERIAL: lambda layer, x: project_fused_apart(layer, x, SERIALLY),
     },
