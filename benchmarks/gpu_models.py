@@ -1,6 +1,9 @@
 """Models with the sizes of real ones and no weights, for `--load-format dummy`: a configuration and a tokenizer.
 
-    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N] [--quantization awq|fp8|fp8-per-token]
+    python benchmarks/gpu_models.py NAME DIRECTORY [--layers N] [--rank-of N] [--quantization awq|fp8|fp8-per-token]
+
+With `--rank-of N` the model is as wide as one of N tensor-parallel ranks of it, so that one GPU does what each of N
+would, but for what they say to each other.
 
 The tokenizer has a word for each id below WORDS (but the first 27), so that ids become text and the same ids again:
 clients that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`. The ids above have no
@@ -69,6 +72,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 24,
         "num_key_value_heads": 4,
     },
+    "9B": {
+        **_TEXT,
+        "model_type": "qwen3_5_text",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "linear_num_value_heads": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+    },
     "tiny": {  # for a dry run
         **_TEXT,
         "vocab_size": 320,
@@ -84,6 +97,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """By name: the part of the configuration that sizes the language model. The widths are those of the Qwen3.5 models of
 these names, as far as a GDN layer and the layer's MLP go."""
+SHARED_AMONG_RANKS = (
+    "vocab_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 def fp8(layer_types: list[str]) -> dict[str, Any]:
@@ -132,15 +155,23 @@ def awq(layer_types: list[str]) -> dict[str, Any]:
 QUANTIZATIONS = {"awq": awq, "fp8": fp8, "fp8-per-token": fp8_per_token}
 
 
-def make_model(name: str, directory: Path, layers: int | None = None, quantization: str | None = None) -> Path:
-    """Write the model `name` into `directory` and return it, with `layers` layers where given, a multiple of four.
+def make_model(
+    name: str, directory: Path, layers: int | None = None, quantization: str | None = None, ranks: int = 1
+) -> Path:
+    """Write the model `name` into `directory` and return it, with `layers` layers where given, a multiple of four, and
+    as wide as one of `ranks` ranks. Raises ValueError.
 
     `quantization` is None or one of QUANTIZATIONS, for a dense model.
     """
     text = dict(MODELS[name])
     text["num_hidden_layers"] = layers = layers or text["num_hidden_layers"]
     if layers % INTERVAL:
-        raise ValueError(f"{layers} layers are not a multiple of {INTERVAL}")
+        raise ValueError(f"--layers: {layers} layers are not a multiple of {INTERVAL}")
+    for key in SHARED_AMONG_RANKS:
+        if key in text:
+            text[key], rest = divmod(text[key], ranks)
+            if rest:
+                raise ValueError(f"--rank-of: {key} is no multiple of {ranks}")
     text["layer_types"] = (["linear_attention"] * (INTERVAL - 1) + ["full_attention"]) * (layers // INTERVAL)
     kind = text["model_type"].removesuffix("_text")
     config = {
@@ -199,11 +230,12 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of a dense model")
+    parser.add_argument("--rank-of", metavar="N", type=int, choices=(1, 2, 4, 8), default=1)
     options = parser.parse_args()
     try:
-        print(make_model(options.name, options.directory, options.layers, options.quantization))
+        print(make_model(options.name, options.directory, options.layers, options.quantization, options.rank_of))
     except ValueError as wrong:
-        parser.error(f"--layers: {wrong}")
+        parser.error(str(wrong))
 
 
 if __name__ == "__main__":

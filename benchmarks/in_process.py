@@ -1,7 +1,7 @@
 """Decode steps and times to the first token of engines side by side, without a server between them and the clock.
 
     python benchmarks/in_process.py MODEL DIRECTORY --engine JSON [--strategy NAME,...] [--rounds N]
-        [--concurrency N,...] [--input-len N,...] [--starts N] [--minutes N] [--cpus N,...]
+        [--concurrency N,...] [--input-len N,...] [--starts N] [--minutes N] [--cpus N,...] [--one-process]
 
 Through HTTP the scatter of a slow host hides differences of a few percent (`bench serve` tells what a client sees).
 Here each engine, stock and of each strategy, is a process of its own with vLLM's `LLM`, scheduler and model runner in
@@ -11,8 +11,10 @@ PyTorch has taken in it. The stock engine starts first, so that the others find 
 them; then `auto`, which times its ways alone; then the others at once. MODEL is a directory, such as gpu_models.py
 makes; weights are dummies. With `--cpus`, once all have started, the threads of all of them run on those CPUs alone:
 what one CPU is slower by than another is then no difference between engines. With `--starts 2` there are two engines
-of each, `off` and `off-2`: what two of the same differ by, no interval tells. Writes DIRECTORY/serve.json, .md and
-.png, as `bench serve` does; Ctrl-C ends it and keeps what was measured. The engines share the GPU: `--engine
+of each, `off` and `off-2`: what two of the same differ by, no interval tells. What two processes differ by, and what a
+slow host does to each, is kept out with `--one-process`: all engines are then in one, started one after the other, and
+nothing is said of memory. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does; Ctrl-C ends it and keeps
+what was measured. The engines share the GPU: `--engine
 '{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization": 0.01}'`, and more arguments of `LLM`. Without a GPU:
 `--device cpu --strategy fused --engine '{"enforce_eager": true, "mamba_ssm_cache_dtype": "float32",
 "kv_cache_memory_bytes": 134217728}'`.
@@ -42,7 +44,7 @@ from vllm_gdn_plugin.bench.engine import probe
 from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
 from vllm_gdn_plugin.bench.engine.serve import START, turns, verified
 from vllm_gdn_plugin.bench.engine.server import end_group
-from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
+from vllm_gdn_plugin.bench.engine.variants import OFF, STRATEGY, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
 from vllm_gdn_plugin.bench.shapes import count, counts
 from vllm_gdn_plugin.plan import AUTO
@@ -51,6 +53,8 @@ PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
 BEFORE_NUMBER = "-"
 """Between a variant's name and the number of its start, from the second on."""
+BUILDS = "in_process.py builds "
+"""Before the name of an engine, in the log of its process."""
 VOCABULARY = 256
 """Prompts are of the ids below it."""
 HELPING = {
@@ -81,8 +85,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Engine:
-    """A process with an engine in it, as its parent sees it."""
+    """One of the engines in a process, as the parent of that sees it."""
 
+    name: str
     process: "subprocess.Popen[str]"
     log_path: Path
 
@@ -91,28 +96,34 @@ class Engine:
         assert self.process.stdin
         assert self.process.stdout
         with suppress(BrokenPipeError):  # then there is no answer either
-            print(json.dumps(question), file=self.process.stdin, flush=True)
+            print(json.dumps({"engine": self.name, **question}), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise BadInput(f"{self.log_path.stem}: the engine is gone, see {self.log_path}")
+            raise BadInput(f"{self.name}: the engine is gone, see {self.log_path}")
         return json.loads(answer)
+
+    def log(self) -> str:
+        """What was said while it was built, and until the next was."""
+        text = self.log_path.read_text(errors="replace")
+        return text.partition(f"{BUILDS}{self.name}\n")[2].partition(BUILDS)[0]
 
 
 @contextmanager
-def engine(variant: str, settings: Mapping[str, str], options: argparse.Namespace) -> Iterator[Engine]:
-    """An engine that starts; it is not waited for."""
-    log_path = options.directory / f"{variant}.log"
+def engines(variants: Mapping[str, Mapping[str, str]], options: argparse.Namespace) -> Iterator[dict[str, Engine]]:
+    """A process that builds an engine of each variant, one after the other; it is not waited for."""
+    log_path = options.directory / f"{'+'.join(variants)}.log"
     line = [
         sys.executable,
         __file__,
         "work",
         options.model,
         json.dumps({"max_num_seqs": max(options.concurrency), **options.engine}),
+        json.dumps(variants),
     ]
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             line,
-            env={**os.environ, **HELPING, **settings},
+            env={**os.environ, **HELPING},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -120,30 +131,36 @@ def engine(variant: str, settings: Mapping[str, str], options: argparse.Namespac
             start_new_session=True,
         )
     try:
-        yield Engine(process, log_path)
+        yield {name: Engine(name, process, log_path) for name in variants}
     finally:
         end_group(process)
 
 
 def work(arguments: Sequence[str]) -> None:
-    """The engine: a line of JSON for each line of JSON on stdin."""
+    """The engines: a line of JSON for each line of JSON on stdin."""
     answers: IO[str] = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what vLLM prints goes into the log
-    from vllm import LLM, SamplingParams
+    model, engine, variants = arguments
+    built: dict[str, Any] = {}
+    for name, settings in json.loads(variants).items():
+        print(f"{BUILDS}{name}", flush=True)
+        os.environ.update(settings)
+        if built:
+            change_plugin(settings)
+        from vllm import LLM, SamplingParams
 
-    model, settings = arguments
-    llm = LLM(
-        model,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        language_model_only=True,
-        enable_prefix_caching=False,
-        **json.loads(settings),
-    )
+        built[name] = LLM(
+            model,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            language_model_only=True,
+            enable_prefix_caching=False,
+            **json.loads(engine),
+        )
     gc.collect()
     gc.freeze()  # as the engine of a server does
 
-    def answer(prompts: Sequence[Sequence[int]], tokens: int, logprobs: int | None = None) -> Any:
+    def answer(llm: Any, prompts: Sequence[Sequence[int]], tokens: int, logprobs: int | None = None) -> Any:
         sampling = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs
         )
@@ -161,6 +178,7 @@ def work(arguments: Sequence[str]) -> None:
 
     for line in sys.stdin:
         asked = json.loads(line)
+        llm = built[asked["engine"]]
         if "memory" in asked:
             found: Any = memory()
         elif "cpus" in asked:
@@ -168,7 +186,7 @@ def work(arguments: Sequence[str]) -> None:
                 os.sched_setaffinity(int(thread), asked["cpus"])
             found = None
         elif "probe" in asked:
-            _, (one,) = answer([probe.PROMPT], probe.ANSWER_TOKENS, logprobs=1)
+            _, (one,) = answer(llm, [probe.PROMPT], probe.ANSWER_TOKENS, logprobs=1)
             tokens = list(one.token_ids)
             found = tokens, [step[token].logprob for token, step in zip(tokens, one.logprobs, strict=True)]
         else:
@@ -176,8 +194,21 @@ def work(arguments: Sequence[str]) -> None:
             found = []
             for _ in range(asked["repeat"]):
                 prompts = [[ids.randrange(VOCABULARY) for _ in range(asked["length"])] for _ in range(asked["batch"])]
-                found.append(answer(prompts, asked["tokens"])[0])
+                found.append(answer(llm, prompts, asked["tokens"])[0])
         print(json.dumps(found), file=answers, flush=True)
+
+
+def change_plugin(settings: Mapping[str, str]) -> None:
+    """Have this process build its next engine with these settings: vLLM has loaded its plugins for an earlier one."""
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    import vllm_gdn_plugin
+    from vllm_gdn_plugin.contract import GDN_CLASSES
+
+    for name in GDN_CLASSES.values():
+        op_registry_oot.pop(name, None)
+    if STRATEGY in settings:
+        vllm_gdn_plugin.register()
 
 
 def memory() -> dict[str, float]:
@@ -195,27 +226,28 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
     """Add the samples of rounds to the run, until there are enough or the time is over. Raises BenchError."""
     end = time.monotonic() + 60 * options.minutes
     with ExitStack() as kept:
-        engines: dict[str, Engine] = {}
+        known: dict[str, Engine] = {}
         stock: Any = None
-        alone = [[name] for name in (OFF, AUTO) if name in run.variants]
-        for group in [*alone, [name for name in run.variants if name not in (OFF, AUTO)]]:
-            started = {name: kept.enter_context(engine(name, run.variants[name], options)) for name in group}
+        for group in groups(list(run.variants), options.one_process):
+            started: dict[str, Engine] = {}
+            for names in group:
+                started |= kept.enter_context(engines({name: run.variants[name] for name in names}, options))
             for name, this in started.items():
                 tokens, logprobs = this.ask({"probe": True})
                 found = [str(token) for token in tokens], logprobs
                 stock = stock or found
                 if name != OFF:
                     run.verified[name] = verified(name, stock, found)
-                if line := require_at_work(name.partition(BEFORE_NUMBER)[0], this.log_path.read_text(errors="replace")):
+                if line := require_at_work(name.partition(BEFORE_NUMBER)[0], this.log()):
                     run.said[name] = line
-            engines |= started
-        for this in engines.values():  # each case once, untimed
+            known |= started
+        for this in known.values():  # each case once, untimed
             for case in cases:
                 this.ask(vars(case) | {"seed": 0, "repeat": 1})
-        for name, this in engines.items():
+        for name, this in known.items():
             if options.cpus:
                 this.ask({"cpus": options.cpus})
-            if found := this.ask({"memory": True}):
+            if not options.one_process and (found := this.ask({"memory": True})):
                 run.add(0, name, START, found)
         for number, turn in groupby(turns(run), key=itemgetter(0)):
             names = [name for _, name in turn]
@@ -225,8 +257,16 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
                     return
                 seed = 1 + number * len(cases) + n  # new prompts in each round, the same for each engine
                 for name in names:
-                    found = engines[name].ask(vars(case) | {"seed": seed})
+                    found = known[name].ask(vars(case) | {"seed": seed})
                     run.add(number, name, case.name, case.values(found))
+
+
+def groups(names: Sequence[str], one_process: bool) -> list[list[list[str]]]:
+    """The names of the engines in each process, in groups of processes that start at once."""
+    if one_process:
+        return [[list(names)]]
+    alone = [[[name]] for name in (OFF, AUTO) if name in names]
+    return [*alone, [[name] for name in names if name not in (OFF, AUTO)]]
 
 
 def started_often(found: Mapping[str, dict[str, str]], starts: int) -> dict[str, dict[str, str]]:
@@ -265,9 +305,10 @@ def main(arguments: Sequence[str]) -> int:
             vllm_arguments=[],
             variants=started_often(variants(options.strategy.split(",")), options.starts),
             machine=describe_machine(options.device),
-            load="engines in processes of their own, no server, stepped in turn while the others are idle; TPOT:"
-            f" {options.repeat} times {options.output_len} tokens for each of the requests at once, after prompts of"
-            f" {PROMPT_TOKENS}; TTFT: {options.first_tokens} prompts, one at a time, from its arrival to its token"
+            load=f"engines in {'one process' if options.one_process else 'processes of their own'}, no server, stepped"
+            f" in turn while the others are idle; TPOT: {options.repeat} times {options.output_len} tokens for each of"
+            f" the requests at once, after prompts of {PROMPT_TOKENS}; TTFT: {options.first_tokens} prompts, one"
+            " at a time, from its arrival to its token"
             + (f"; each engine on CPUs {', '.join(map(str, options.cpus))}" if options.cpus else ""),
         )
         try:
@@ -300,6 +341,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--starts", default="1", help="engines of each; default 1")
     parser.add_argument("--minutes", type=float, default=60.0, help="from the first start; no case begins after them")
     parser.add_argument("--cpus", metavar="N,...", default="", help="numbers of CPUs; default: as the system has it")
+    parser.add_argument("--one-process", action="store_true", help="all engines in one; default: each in its own")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine", metavar="JSON", required=True, help="arguments of vLLM's LLM; see above")
     options = parser.parse_args(arguments)

@@ -136,7 +136,8 @@ def test_compile_counts_what_was_compiled(bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [[], ["--one-process"]], ids=["processes", "one_process"])
+def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path, processes: list[str]) -> None:
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     model = tmp_path / "model"
     subprocess.run([sys.executable, benchmarks / "gpu_models.py", "tiny", model], check=True)
@@ -145,14 +146,15 @@ def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path)
     line = [sys.executable, str(benchmarks / "in_process.py"), str(model), str(tmp_path / "out"), "--device", "cpu"]
     line += ["--strategy", "fused,dual_stream", "--rounds", "2", "--concurrency", "1,3", "--input-len", "8,100"]
     cpus = sorted(os.sched_getaffinity(0))
-    line += ["--cpus", ",".join(map(str, cpus))]
+    line += ["--cpus", ",".join(map(str, cpus)), *processes]
     done = subprocess.run(
         [*line, "--engine", json.dumps(settings)], env=engine_env(scratch), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "out" / "serve.json").read_text())
     assert run["verified"].keys() == {"fused", "dual_stream"}
-    assert "fused on 3 of 3 GDN layers" in run["said"]["fused"]
+    for strategy in ("fused", "dual_stream"):
+        assert f"{strategy} on 3 of 3 GDN layers" in run["said"][strategy]
     assert run["load"].endswith(f"; each engine on CPUs {', '.join(map(str, cpus))}")
     for variant in ("off", "fused", "dual_stream"):
         for case, metric in (("concurrency 1", "tpot_ms"), ("concurrency 3", "tpot_ms"), ("100 in", "ttft_ms")):

@@ -1,21 +1,30 @@
 """Generate with one model with stock vLLM and with each strategy, in one process: its kernels are tuned once.
 
-    python generate_all.py MODEL OUTPUT.json [--eager] [--mtp] [--narrow-kernel] [--tensor-parallel-size N]
+    python generate_all.py MODEL OUTPUT.json [--eager] [--mtp] [--take WAY,...] [--tensor-parallel-size N]
 
-With full and piecewise CUDA graphs, or eagerly; with `--mtp`, the model's own MTP head drafts; with `--narrow-kernel`,
-`auto` takes that wherever it may, however it was timed. With more ranks than one, each engine has worker processes of
-its own, which load the installed plugin, or don't.
+With full and piecewise CUDA graphs, or eagerly; with `--mtp`, the model's own MTP head drafts; with `--take`, `auto`
+takes those ways wherever it may, at one number of tokens the one and at the next another, however they were timed.
+With more ranks than one, each engine has worker processes of its own, which load the installed plugin, or don't.
 """
 
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_gdn_plugin.plan import NARROW_KERNEL, choices_at
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-STRATEGIES = ("stock", "dual_stream", "fused", "auto")
+from in_process import change_plugin
+
+from vllm_gdn_plugin import plan
+from vllm_gdn_plugin.bench.engine.variants import NAME, PLUGINS, STRATEGY
+
+SETTINGS = {
+    "stock": {PLUGINS: ""},
+    **{name: {PLUGINS: NAME, STRATEGY: name} for name in (plan.DUAL_STREAM, plan.FUSED, plan.AUTO)},
+}
 
 
 def main() -> None:
@@ -24,54 +33,53 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--mtp", action="store_true")
-    parser.add_argument("--narrow-kernel", action="store_true")
+    parser.add_argument("--take", metavar="WAY,...")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     results: dict[str, Any] = {}
-    if options.narrow_kernel:
-        results["captured"] = take_narrow_kernel()
-    for strategy in STRATEGIES:
-        install(strategy)
-        results[strategy] = generate(options)
+    if options.take:
+        results["captured"] = take(options.take.split(","))
+    for name, settings in SETTINGS.items():
+        os.environ.update(settings)  # for worker processes, too
+        change_plugin(settings)
+        results[name] = generate(options)
         options.output.write_text(json.dumps(results))
 
 
-def take_narrow_kernel() -> list[int]:
-    """Have `auto` take it wherever it may. Returns the numbers of tokens with which it is captured after that."""
+def take(preferred: list[str]) -> list[tuple[str, int]]:
+    """Have `auto` take these ways wherever it may. Returns the ways and numbers of tokens that it captures after that:
+    the last engine's."""
     import torch
 
-    from vllm_gdn_plugin import narrow, tuning
+    from vllm_gdn_plugin import fused, narrow, tuning
 
-    captured: list[int] = []
-    linear = narrow.linear
+    plan.MOST_PADDING = 1.0  # a tiny model's rows are few
+    captured: list[tuple[str, int]] = []
+    linear, apply = narrow.linear, fused.FusedProjections.apply
 
-    def watched(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def note(way: str, hidden_states: torch.Tensor) -> None:
         if torch.cuda.is_current_stream_capturing():
-            captured.append(len(hidden_states))
+            captured.append((way, len(hidden_states)))
+
+    def watched_linear(hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        note(plan.NARROW_KERNEL, hidden_states)
         return linear(hidden_states, weight)
 
-    def narrowest(times: tuning.Times, ways: tuple[str, ...]) -> dict[int, str]:
+    def watched_apply(self: Any, hidden_states: torch.Tensor, way: str = plan.FUSED) -> torch.Tensor:
+        note(way, hidden_states)
+        return apply(self, hidden_states, way)
+
+    def fastest(times: tuning.Times, ways: tuple[str, ...]) -> dict[int, str]:
         captured.clear()  # by then the ways have been timed, in graphs of their own
-        return {tokens: NARROW_KERNEL if NARROW_KERNEL in choices_at(ways, tokens) else ways[0] for tokens in times}
+        chosen = {}
+        for number, tokens in enumerate(sorted(times)):
+            there = [way for way in preferred if way in plan.choices_at(ways, tokens)] or [ways[0]]
+            chosen[tokens] = there[number % len(there)]
+        return chosen
 
-    narrow.linear, tuning.fastest = watched, narrowest
+    narrow.linear, fused.FusedProjections.apply, tuning.fastest = watched_linear, watched_apply, fastest
     return captured
-
-
-def install(strategy: str) -> None:
-    """Have the next engine built with `strategy`, or stock, whatever an earlier one was built with."""
-    from vllm.model_executor.custom_op import op_registry_oot
-
-    import vllm_gdn_plugin
-    from vllm_gdn_plugin.contract import GDN_CLASSES
-
-    for name in GDN_CLASSES.values():
-        op_registry_oot.pop(name, None)
-    os.environ["VLLM_PLUGINS"] = "" if strategy == "stock" else "vllm_gdn_plugin"  # for worker processes
-    if strategy != "stock":
-        os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = strategy
-        vllm_gdn_plugin.register()
 
 
 def generate(options: argparse.Namespace) -> Any:

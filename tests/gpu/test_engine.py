@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from quantize import quantize
 
+from vllm_gdn_plugin.plan import NARROW_KERNEL, PADDED_TO
+
 HERE = Path(__file__).parent
 TINY_MODEL = HERE.parents[1] / "examples" / "tiny_model.py"
 
@@ -16,7 +18,8 @@ MODES = {
     "graphs": [],
     "eager": ["--eager"],
     "mtp": ["--mtp"],
-    "narrow": ["--narrow-kernel"],
+    "narrow": ["--take", NARROW_KERNEL],
+    "padded": ["--take", ",".join(PADDED_TO)],
     "tp2": ["--tensor-parallel-size", "2"],
 }
 
@@ -82,10 +85,16 @@ def test_each_strategy_was_at_work(generated: Any) -> None:
         assert "dual_stream on 3 of 3 GDN layers (platform cuda" in generated["log"]
         assert "; in CUDA graphs narrow_kernel at 1 to 8 tokens, dual_stream at 16" in generated["log"]
         assert "is left out" not in generated["log"]
-        assert {1, 2, 4, 8} <= set(generated["captured"]), "in the engine's own graphs"
+        captured = {tokens for way, tokens in generated["captured"] if way == NARROW_KERNEL}
+        assert {1, 2, 4, 8} <= captured, "in the engine's own graphs"
         return
     assert "fused on 3 of 3 GDN layers (platform cuda" in generated["log"]
     assert ("Qwen3NextMTP" in generated["log"]) == (generated["mode"] == "mtp")
+    if generated["mode"] == "padded":
+        captured = {(way, tokens) for way, tokens in generated["captured"] if way in PADDED_TO}
+        assert {tokens for _, tokens in captured} >= {1, 2, 4, 8, 16}, "in the engine's own graphs"
+        assert {way for way, _ in captured} == set(PADDED_TO)
+        assert ", padded at " in generated["log"]
     if generated["mode"] == "eager":
         assert "CUDA graphs are off" in generated["log"]
     else:

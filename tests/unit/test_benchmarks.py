@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -505,8 +505,22 @@ def test_the_models_have_the_projections_of_the_presets() -> None:
 
     from vllm_gdn_plugin.bench.shapes import PRESETS, shape_of_config
 
-    for name in ("35B-A3B", "27B"):
+    for name in ("35B-A3B", "27B", "9B"):
         assert shape_of_config(name, MODELS[name]) == shape_of_config(name, PRESETS[f"Qwen3.5-{name}"])
+
+
+@needs("tokenizers", "transformers")
+def test_a_model_can_be_as_wide_as_one_rank(tmp_path: Path) -> None:
+    from gpu_models import make_model
+
+    from vllm_gdn_plugin.bench.shapes import shape_of_model
+
+    shape = shape_of_model(str(make_model("9B", tmp_path, layers=4, ranks=4)))
+    assert (shape.hidden, shape.qkvz, shape.ba) == (4096, 12288 // 4, 64 // 4)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert (text["num_key_value_heads"], text["intermediate_size"], text["vocab_size"]) == (1, 3072, 62080)
+    with pytest.raises(ValueError, match="num_key_value_heads is no multiple of 8"):
+        make_model("9B", tmp_path, ranks=8)
 
 
 # in_process.py
@@ -515,13 +529,15 @@ OFF_FIRST, FUSED_FIRST = ["off", "fused"], ["fused", "off"]
 
 
 class TalkingEngine:
-    """What `in_process.engine` gives, without a process: it notes what it is asked."""
+    """One of what `in_process.engines` gives, without a process: it notes what it is asked."""
 
     asked: list[tuple[str, Any, Any]]
 
-    def __init__(self, name: str, answer: Any, log: Path) -> None:
-        self.name, self.answer, self.log_path = name, answer, log
-        log.write_text("" if name.startswith("off") else "vllm-gdn-plugin 0.1.0: fused on 3 of 3 GDN layers")
+    def __init__(self, name: str, answer: Any) -> None:
+        self.name, self.answer, self.log_path = name, answer, Path(f"{name}.log")
+
+    def log(self) -> str:
+        return "" if self.name.startswith("off") else "vllm-gdn-plugin 0.1.0: fused on 3 of 3 GDN layers"
 
     def ask(self, question: dict[str, Any]) -> Any:
         if "probe" in question:
@@ -545,21 +561,30 @@ def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
     from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
     from vllm_gdn_plugin.bench.results import Machine
 
-    def run(logprob: float = -1.0, minutes: float = 1.0, cpus: Sequence[int] = (), starts: int = 1) -> Any:
+    def run(
+        logprob: float = -1.0,
+        minutes: float = 1.0,
+        cpus: Sequence[int] = (),
+        starts: int = 1,
+        one_process: bool = False,
+    ) -> Any:
         asked: list[tuple[str, Any, Any]] = []
         monkeypatch.setattr(TalkingEngine, "asked", asked, raising=False)
 
         @contextmanager
-        def talking(name: str, settings: Any, options: Any) -> Iterator[TalkingEngine]:
-            yield TalkingEngine(name, ([7], [-1.0 if name.startswith("off") else logprob]), tmp_path / f"{name}.log")
+        def talking(variants: Any, options: Any) -> Iterator[dict[str, TalkingEngine]]:
+            asked.append(("", "process", list(variants)))
+            yield {name: TalkingEngine(name, ([7], [-1.0 if name.startswith("off") else logprob])) for name in variants}
 
-        monkeypatch.setattr(in_process, "engine", talking)
+        monkeypatch.setattr(in_process, "engines", talking)
         machine = Machine("cpu", "a CPU", "3.11", "0.1.0", "2.11", "0.26.0", None, None, 0, None)
         variants = in_process.started_often({"off": {}, "fused": {}}, starts)
         found = EngineRun(SERVE, "", "", 2, "m", [], variants, machine)
         cases = [Case("concurrency 2", 2, 8, 3, 4), Case("8 in", 1, 8, 1, 5), Case("9 in", 1, 9, 1, 5)]
-        measure(found, cases, SimpleNamespace(minutes=minutes, cpus=cpus))
-        return found, asked
+        measure(found, cases, SimpleNamespace(minutes=minutes, cpus=cpus, one_process=one_process))
+        processes = [names for _, what, names in asked if what == "process"]
+        assert processes == ([list(variants)] if one_process else [[name] for name in variants])
+        return found, [one for one in asked if one[1] != "process"]
 
     return run
 
@@ -577,6 +602,42 @@ def test_two_engines_of_each_are_stepped_as_variants_of_their_own(stepped: Calla
     assert set(run.verified) == {"fused", "off-2", "fused-2"}
     assert set(run.said) == {"fused", "fused-2"}
     assert run.values("tpot_ms", "concurrency 2", "off-2") == pytest.approx({0: 200.0, 1: 200.0})
+
+
+def test_engines_in_one_process_are_stepped_alike_and_nothing_is_said_of_memory(stepped: Callable[..., Any]) -> None:
+    apart, asked_apart = stepped(starts=2)
+    run, asked = stepped(starts=2, one_process=True)
+    assert asked == asked_apart
+    assert (run.verified, run.said) == (apart.verified, apart.said)
+    assert [sample for sample in apart.samples if sample.case != "start"] == run.samples
+
+
+def test_an_engine_has_its_own_part_of_the_log(tmp_path: Path) -> None:
+    pytest.importorskip("psutil", reason="not installed: psutil")
+    from in_process import BUILDS, Engine
+
+    log = tmp_path / "off+fused+off-2.log"
+    log.write_text(f"{BUILDS}off\nstock\n{BUILDS}fused\nplugin\nmore\n{BUILDS}off-2\nagain\n")
+    logs = {name: Engine(name, cast("Any", None), log).log() for name in ("off", "fused", "off-2")}
+    assert logs == {"off": "stock\n", "fused": "plugin\nmore\n", "off-2": "again\n"}
+
+
+@pytest.mark.parametrize(
+    ("names", "one_process", "expected"),
+    [
+        (["off", "auto", "fused", "dual_stream"], False, [[["off"]], [["auto"]], [["fused"], ["dual_stream"]]]),
+        (["off", "fused", "off-2", "fused-2"], False, [[["off"]], [["fused"], ["off-2"], ["fused-2"]]]),
+        (["off", "fused", "off-2"], True, [[["off", "fused", "off-2"]]]),
+    ],
+)
+def test_stock_starts_first_and_auto_alone_or_all_are_in_one_process(
+    names: list[str], one_process: bool, expected: list[list[list[str]]]
+) -> None:
+    pytest.importorskip("psutil", reason="not installed: psutil")
+    from in_process import groups
+
+    found = groups(names, one_process)
+    assert [group for group in found if group] == expected
 
 
 def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(stepped: Callable[..., Any]) -> None:
@@ -654,9 +715,9 @@ def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:
     from vllm_gdn_plugin.bench.errors import BadInput
 
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, stdout=-1, text=True) as going:
-        engine = Engine(going, tmp_path / "fused.log")
+        engine = Engine("fused", going, tmp_path / "both.log")
         for _ in range(2):  # it ends while it is asked, and is asked once it has ended
-            with pytest.raises(BadInput, match=r"fused: the engine is gone, see .*fused\.log"):
+            with pytest.raises(BadInput, match=r"fused: the engine is gone, see .*both\.log"):
                 engine.ask({"probe": True})
             going.wait()
         with suppress(BrokenPipeError):
