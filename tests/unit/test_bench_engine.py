@@ -134,8 +134,23 @@ def test_few_rounds_show_a_difference_only_where_it_is_larger_than_their_spread(
     assert not change(2.0).shows_difference
     found = change(1.09, 1.10, 1.11, 1.10, 1.10)
     assert found.shows_difference
-    assert 9 < found.low < found.mean < found.high < 11
+    assert 9 < found.low < found.percent < found.high < 11
     assert change(0.5, 0.5, 0.5).high == pytest.approx(-50)
+
+
+@needs_report
+def test_of_many_rounds_slow_ones_move_neither_the_change_nor_its_interval() -> None:
+    from vllm_gdn_plugin.bench.stats import MANY, paired_change
+
+    factors = [0.98 + n / 1e4 for n in range(MANY + 1)]
+    quiet = paired_change(factors, [1.0] * len(factors))
+    assert quiet.percent == pytest.approx(100 * (factors[MANY // 2] - 1))
+    # Of 11, the second to the tenth: that the median lies outside has a chance of 1.2 %, of the third to the ninth 6.5.
+    assert (quiet.low, quiet.high) == pytest.approx((100 * (factors[1] - 1), 100 * (factors[-2] - 1)))
+    assert paired_change([*factors[:-1], 3.0], [1.0] * len(factors)) == quiet
+    few = paired_change([*factors[: MANY - 2], 3.0], [1.0] * (MANY - 1))
+    assert few.percent > 10, "the mean of so few"
+    assert not few.shows_difference
 
 
 @needs_report

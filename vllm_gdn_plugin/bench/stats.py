@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import bootstrap, ttest_1samp
+from scipy.stats import bootstrap, quantile_test, ttest_1samp
 
 from vllm_gdn_plugin.bench.results import QKVZ
 from vllm_gdn_plugin.plan import SERIAL
@@ -78,12 +78,16 @@ def paired_ratio(samples: Sequence[float], baseline: Sequence[float]) -> Ratio:
     return Ratio(median, float(interval.low), float(interval.high))
 
 
+MANY = 10
+"""Pairs, from which on their median has bounds that are worth something."""
+
+
 @dataclass(frozen=True)
 class Change:
-    """By how many percent paired samples lie above their baseline: geometric mean, and its 95 % interval, which has no
-    bounds where there is but one pair."""
+    """By how many percent paired samples lie above their baseline, and the 95 % interval of that, which has no bounds
+    where there is but one pair."""
 
-    mean: float
+    percent: float
     low: float
     high: float
 
@@ -94,11 +98,17 @@ class Change:
 
 
 def paired_change(samples: Sequence[float], baseline: Sequence[float]) -> Change:
-    """How ``samples`` compare with ``baseline``, taken in the same rounds, which may be few.
+    """How ``samples`` compare with ``baseline``, taken in the same rounds.
 
-    The interval is Student's for the logarithms of the ratios: a bootstrap of five rounds would be too narrow.
+    From :data:`MANY` rounds on, the median of the ratios and the interval that their order gives, whatever their
+    distribution: a host that is slow for a moment moves neither. Of fewer, the geometric mean and Student's interval
+    for the logarithms.
     """
-    logs = np.log(ratios(samples, baseline))
+    paired = np.asarray(ratios(samples, baseline))
+    if len(paired) >= MANY:
+        found = quantile_test(paired, q=1.0, p=0.5).confidence_interval(CONFIDENCE)
+        return Change(*(_percent(math.log(value)) for value in (np.median(paired), found.low, found.high)))
+    logs = np.log(paired)
     if len(logs) < 2:
         return Change(_percent(float(logs.mean())), -math.inf, math.inf)
     if np.ptp(logs) == 0.0:

@@ -55,8 +55,8 @@ def _changes(axis: "plt.Axes", run: EngineRun, metric: str) -> None:
         found = {i: changes(run, metric, case, name) for i, case in enumerate(cases)} if name != OFF else {}
         shown = {i: change for i, change in found.items() if change and len(run.values(metric, cases[i], name)) > 1}
         if shown:
-            middles = [c.mean for c in shown.values()]
-            reach = [[c.mean - c.low for c in shown.values()], [c.high - c.mean for c in shown.values()]]
+            middles = [c.percent for c in shown.values()]
+            reach = [[c.percent - c.low for c in shown.values()], [c.high - c.percent for c in shown.values()]]
             where = [i + 0.12 * (n - 1) for i in shown]
             axis.errorbar(where, middles, yerr=reach, fmt=".", capsize=3, color=COLORS[n % len(COLORS)], label=name)
     axis.set_ylabel(f"change against {OFF}, %", fontsize=8)

@@ -6,7 +6,7 @@ import statistics
 
 from vllm_gdn_plugin.bench.engine.results import COMPILE, METRICS, SERVE, EngineRun
 from vllm_gdn_plugin.bench.engine.variants import OFF
-from vllm_gdn_plugin.bench.stats import CONFIDENCE, Change, paired_change
+from vllm_gdn_plugin.bench.stats import CONFIDENCE, MANY, Change, paired_change
 from vllm_gdn_plugin.bench.table import NO_DIFFERENCE, about_machine, table
 
 WIDE = 999
@@ -43,8 +43,8 @@ def _about(run: EngineRun) -> list[str]:
         f"- {about_machine(run.machine)}; {run.date}",
         f"- `{run.command}`",
         f"- {OFF}: stock vLLM, every other plugin loaded; the engines take turns, {rounds}",
-        f"- median (lowest to highest); change: against {OFF} in the same round, geometric mean with its"
-        f' {CONFIDENCE:.0%} interval; "{NO_DIFFERENCE}" where the interval includes 0',
+        f"- median (lowest to highest); change: against {OFF} in the same round, median, or of less than {MANY} rounds"
+        f' geometric mean, with its {CONFIDENCE:.0%} interval; "{NO_DIFFERENCE}" where the interval includes 0',
     ]
     if run.vllm_arguments:
         lines.append(f"- `vllm serve {shlex.join(run.vllm_arguments)}`")
@@ -85,9 +85,9 @@ def shown(change: Change | None) -> str:
     if change is None:
         return ""
     if math.isinf(change.low):
-        return f"{_percent(change.mean)} (one round, no interval)"
+        return f"{_percent(change.percent)} (one round, no interval)"
     interval = f"({_percent(change.low)} to {_percent(change.high)})"
-    return f"{_percent(change.mean)} {interval}" if change.shows_difference else f"{NO_DIFFERENCE} {interval}"
+    return f"{_percent(change.percent)} {interval}" if change.shows_difference else f"{NO_DIFFERENCE} {interval}"
 
 
 def _percent(value: float) -> str:
