@@ -3,7 +3,7 @@
     python benchmarks/gpu_models.py NAME DIRECTORY [--layers N] [--rank-of N] [--quantization awq|fp8|fp8-per-token]
 
 With `--rank-of N` the model is as wide as one of N tensor-parallel ranks of it, so that one GPU does what each of N
-would, but for what they say to each other.
+would, but for what they say to each other, and for sampling, which is from its share of the vocabulary.
 
 The tokenizer has a word for each id below WORDS (but the first 27), so that ids become text and the same ids again:
 clients that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`. The ids above have no
@@ -105,8 +105,9 @@ SHARED_AMONG_RANKS = (
     "linear_num_key_heads",
     "linear_num_value_heads",
     "num_attention_heads",
-    "num_key_value_heads",
 )
+KV_HEADS = "num_key_value_heads"
+"""Of which each rank has at least one: vLLM repeats them."""
 
 
 def fp8(layer_types: list[str]) -> dict[str, Any]:
@@ -172,6 +173,7 @@ def make_model(
             text[key], rest = divmod(text[key], ranks)
             if rest:
                 raise ValueError(f"--rank-of: {key} is no multiple of {ranks}")
+    text[KV_HEADS] = max(1, text[KV_HEADS] // ranks)
     text["layer_types"] = (["linear_attention"] * (INTERVAL - 1) + ["full_attention"]) * (layers // INTERVAL)
     kind = text["model_type"].removesuffix("_text")
     config = {

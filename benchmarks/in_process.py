@@ -11,9 +11,9 @@ PyTorch has taken in it. The stock engine starts first, so that the others find 
 them; then `auto`, which times its ways alone; then the others at once. MODEL is a directory, such as gpu_models.py
 makes; weights are dummies. With `--cpus`, once all have started, the threads of all of them run on those CPUs alone:
 what one CPU is slower by than another is then no difference between engines. With `--starts 2` there are two engines
-of each, `off` and `off-2`: what two of the same differ by, no interval tells. What two processes differ by, and what a
-slow host does to each, is kept out with `--one-process`: all engines are then in one, started one after the other, and
-nothing is said of memory. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does; Ctrl-C ends it and keeps
+of each, `off` and `off-2`: what two of the same differ by, no interval tells. With `--one-process` all engines are in
+one, built one after the other: a host that is slow for one process and not for another then slows all alike. Nothing is
+said of memory there. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does; Ctrl-C ends it and keeps
 what was measured. The engines share the GPU: `--engine
 '{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization": 0.01}'`, and more arguments of `LLM`. Without a GPU:
 `--device cpu --strategy fused --engine '{"enforce_eager": true, "mamba_ssm_cache_dtype": "float32",
@@ -40,11 +40,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
+from switch_plugin import switch_plugin
+
 from vllm_gdn_plugin.bench.engine import probe
 from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
 from vllm_gdn_plugin.bench.engine.serve import START, turns, verified
 from vllm_gdn_plugin.bench.engine.server import end_group
-from vllm_gdn_plugin.bench.engine.variants import OFF, STRATEGY, require_at_work, variants
+from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
 from vllm_gdn_plugin.bench.shapes import count, counts
 from vllm_gdn_plugin.plan import AUTO
@@ -99,7 +101,7 @@ class Engine:
             print(json.dumps({"engine": self.name, **question}), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise BadInput(f"{self.name}: the engine is gone, see {self.log_path}")
+            raise BadInput(f"{self.log_path.stem}: the process is gone, see {self.log_path}")
         return json.loads(answer)
 
     def log(self) -> str:
@@ -144,9 +146,9 @@ def work(arguments: Sequence[str]) -> None:
     built: dict[str, Any] = {}
     for name, settings in json.loads(variants).items():
         print(f"{BUILDS}{name}", flush=True)
-        os.environ.update(settings)
         if built:
-            change_plugin(settings)
+            switch_plugin(settings)
+        os.environ.update(settings)
         from vllm import LLM, SamplingParams
 
         built[name] = LLM(
@@ -196,19 +198,6 @@ def work(arguments: Sequence[str]) -> None:
                 prompts = [[ids.randrange(VOCABULARY) for _ in range(asked["length"])] for _ in range(asked["batch"])]
                 found.append(answer(llm, prompts, asked["tokens"])[0])
         print(json.dumps(found), file=answers, flush=True)
-
-
-def change_plugin(settings: Mapping[str, str]) -> None:
-    """Have this process build its next engine with these settings: vLLM has loaded its plugins for an earlier one."""
-    from vllm.model_executor.custom_op import op_registry_oot
-
-    import vllm_gdn_plugin
-    from vllm_gdn_plugin.contract import GDN_CLASSES
-
-    for name in GDN_CLASSES.values():
-        op_registry_oot.pop(name, None)
-    if STRATEGY in settings:
-        vllm_gdn_plugin.register()
 
 
 def memory() -> dict[str, float]:
@@ -266,7 +255,8 @@ def groups(names: Sequence[str], one_process: bool) -> list[list[list[str]]]:
     if one_process:
         return [[list(names)]]
     alone = [[[name]] for name in (OFF, AUTO) if name in names]
-    return [*alone, [[name] for name in names if name not in (OFF, AUTO)]]
+    others = [[name] for name in names if name not in (OFF, AUTO)]
+    return [*alone, others] if others else alone
 
 
 def started_often(found: Mapping[str, dict[str, str]], starts: int) -> dict[str, dict[str, str]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from in_process import change_plugin
+from switch_plugin import switch_plugin
 
 from vllm_gdn_plugin import plan
 from vllm_gdn_plugin.bench.engine.variants import NAME, PLUGINS, STRATEGY
@@ -41,8 +41,7 @@ def main() -> None:
     if options.take:
         results["captured"] = take(options.take.split(","))
     for name, settings in SETTINGS.items():
-        os.environ.update(settings)  # for worker processes, too
-        change_plugin(settings)
+        switch_plugin(settings)  # for worker processes, too
         results[name] = generate(options)
         options.output.write_text(json.dumps(results))
 

@@ -519,8 +519,12 @@ def test_a_model_can_be_as_wide_as_one_rank(tmp_path: Path) -> None:
     assert (shape.hidden, shape.qkvz, shape.ba) == (4096, 12288 // 4, 64 // 4)
     text = json.loads((tmp_path / "config.json").read_text())["text_config"]
     assert (text["num_key_value_heads"], text["intermediate_size"], text["vocab_size"]) == (1, 3072, 62080)
-    with pytest.raises(ValueError, match="num_key_value_heads is no multiple of 8"):
-        make_model("9B", tmp_path, ranks=8)
+    shape = shape_of_model(str(make_model("35B-A3B", tmp_path, layers=4, ranks=8)))
+    assert (shape.hidden, shape.qkvz, shape.ba) == (2048, 12288 // 8, 64 // 8)
+    text = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    assert (text["num_key_value_heads"], text["moe_intermediate_size"]) == (1, 64)
+    with pytest.raises(ValueError, match="linear_num_key_heads is no multiple of 4"):
+        make_model("tiny", tmp_path, ranks=4)
 
 
 # in_process.py
@@ -534,7 +538,7 @@ class TalkingEngine:
     asked: list[tuple[str, Any, Any]]
 
     def __init__(self, name: str, answer: Any) -> None:
-        self.name, self.answer, self.log_path = name, answer, Path(f"{name}.log")
+        self.name, self.answer = name, answer
 
     def log(self) -> str:
         return "" if self.name.startswith("off") else "vllm-gdn-plugin 0.1.0: fused on 3 of 3 GDN layers"
@@ -552,8 +556,8 @@ class TalkingEngine:
 
 @pytest.fixture
 def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`stepped(logprob=-1.0, minutes=1)` is the run of two rounds of three cases in two engines, and what they were
-    asked; the second answers the probe with that log-probability."""
+    """`stepped(logprob=-1.0, minutes=1, ...)` is the run of two rounds of three cases in two engines, or as many more
+    as `starts` has it, and what they were asked; those with the plugin answer the probe with that log-probability."""
     pytest.importorskip("psutil", reason="not installed: psutil")
     import in_process
     from in_process import Case, measure
@@ -627,6 +631,7 @@ def test_an_engine_has_its_own_part_of_the_log(tmp_path: Path) -> None:
     [
         (["off", "auto", "fused", "dual_stream"], False, [[["off"]], [["auto"]], [["fused"], ["dual_stream"]]]),
         (["off", "fused", "off-2", "fused-2"], False, [[["off"]], [["fused"], ["off-2"], ["fused-2"]]]),
+        (["off", "auto"], False, [[["off"]], [["auto"]]]),
         (["off", "fused", "off-2"], True, [[["off", "fused", "off-2"]]]),
     ],
 )
@@ -636,8 +641,7 @@ def test_stock_starts_first_and_auto_alone_or_all_are_in_one_process(
     pytest.importorskip("psutil", reason="not installed: psutil")
     from in_process import groups
 
-    found = groups(names, one_process)
-    assert [group for group in found if group] == expected
+    assert groups(names, one_process) == expected
 
 
 def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(stepped: Callable[..., Any]) -> None:
@@ -715,9 +719,9 @@ def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:
     from vllm_gdn_plugin.bench.errors import BadInput
 
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, stdout=-1, text=True) as going:
-        engine = Engine("fused", going, tmp_path / "both.log")
+        engine = Engine("fused", going, tmp_path / "off+fused.log")
         for _ in range(2):  # it ends while it is asked, and is asked once it has ended
-            with pytest.raises(BadInput, match=r"fused: the engine is gone, see .*both\.log"):
+            with pytest.raises(BadInput, match=r"off\+fused: the process is gone, see .*off\+fused\.log"):
                 engine.ask({"probe": True})
             going.wait()
         with suppress(BrokenPipeError):

@@ -107,7 +107,7 @@ def paired_change(samples: Sequence[float], baseline: Sequence[float]) -> Change
     paired = np.asarray(ratios(samples, baseline))
     if len(paired) >= MANY:
         found = quantile_test(paired, q=1.0, p=0.5).confidence_interval(CONFIDENCE)
-        return Change(*(_percent(math.log(value)) for value in (np.median(paired), found.low, found.high)))
+        return Change(*(100 * (float(ratio) - 1) for ratio in (np.median(paired), found.low, found.high)))
     logs = np.log(paired)
     if len(logs) < 2:
         return Change(_percent(float(logs.mean())), -math.inf, math.inf)

@@ -43,7 +43,7 @@ def _about(run: EngineRun) -> list[str]:
         f"- {about_machine(run.machine)}; {run.date}",
         f"- `{run.command}`",
         f"- {OFF}: stock vLLM, every other plugin loaded; the engines take turns, {rounds}",
-        f"- median (lowest to highest); change: against {OFF} in the same round, median, or of less than {MANY} rounds"
+        f"- median (lowest to highest); change: against {OFF} in the same round, median, or of fewer than {MANY} rounds"
         f' geometric mean, with its {CONFIDENCE:.0%} interval; "{NO_DIFFERENCE}" where the interval includes 0',
     ]
     if run.vllm_arguments:

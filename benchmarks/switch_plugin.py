@@ -1,0 +1,21 @@
+"""For scripts that build one engine after another in a process: vLLM loads its plugins for the first of them alone."""
+
+import os
+from collections.abc import Mapping
+
+from vllm_gdn_plugin import host
+from vllm_gdn_plugin.bench.engine.variants import STRATEGY
+from vllm_gdn_plugin.contract import GDN_CLASSES
+from vllm_gdn_plugin.install import compile_factors, register
+from vllm_gdn_plugin.settings import read_settings
+
+
+def switch_plugin(variables: Mapping[str, str]) -> None:
+    """Have this process build its next engine with these environment variables: with the plugin where they name a
+    strategy, else as stock vLLM, whatever an earlier engine was built with."""
+    factors = compile_factors(read_settings()[0])
+    host.withdraw(factors, GDN_CLASSES.values())
+    os.environ.pop(STRATEGY, None)
+    os.environ.update(variables)
+    if STRATEGY in variables:
+        register()
