@@ -286,9 +286,11 @@ neither `auto`, which fused at every size, nor dual_stream shows a difference fr
 where fused should gain {rank_foretold(rank)}. dual_stream, which is up to {worst_of_fused(bf16)[0]:.0f} % faster than
 fused when timed alone, was by the medians {behind(rank)} slower than `auto` there. The likely reason, not traced: a
 step of 2.5 ms waits for the CPU of this host. So `auto` takes two streams in place of one GEMM only where they are far
-ahead. With FP8, where two streams are all there is, Qwen3.5-27B should gain {foretold(fp8, "fp8", DUAL_STREAM)}; what it
-gains too much at 8 requests is of the size that addresses make. More runs, with fewer layers, other formats, and through
-`vllm bench serve`, are in the [notes](benchmarks/NOTES.md).
+ahead.
+
+With FP8, where two streams are all there is, Qwen3.5-27B should gain {foretold(fp8, "fp8", DUAL_STREAM)}; what it
+gains too much at 8 requests is of the size that addresses make. More runs, with fewer layers, other formats, and
+through `vllm bench serve`, are in the [notes](benchmarks/NOTES.md).
 
 TTFT of 8 to 1024 tokens scatters by tens of percent on these hosts, and two engines of stock vLLM
 ([the same run](benchmarks/results/h200-27B-16-layers-two-starts/serve.md), each on the same two CPUs) differ by
