@@ -97,6 +97,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """By name: the part of the configuration that sizes the language model. The widths are those of the Qwen3.5 models of
 these names, as far as a GDN layer and the layer's MLP go."""
+KV_HEADS = "num_key_value_heads"
+"""Of which each rank has at least one: vLLM repeats them where there are more ranks."""
 SHARED_AMONG_RANKS = (
     "vocab_size",
     "intermediate_size",
@@ -105,9 +107,8 @@ SHARED_AMONG_RANKS = (
     "linear_num_key_heads",
     "linear_num_value_heads",
     "num_attention_heads",
+    KV_HEADS,
 )
-KV_HEADS = "num_key_value_heads"
-"""Of which each rank has at least one: vLLM repeats them."""
 
 
 def fp8(layer_types: list[str]) -> dict[str, Any]:
@@ -169,11 +170,12 @@ def make_model(
     if layers % INTERVAL:
         raise ValueError(f"--layers: {layers} layers are not a multiple of {INTERVAL}")
     for key in SHARED_AMONG_RANKS:
-        if key in text:
+        if key == KV_HEADS and text[key] < ranks:
+            text[key] = 1
+        elif key in text:
             text[key], rest = divmod(text[key], ranks)
             if rest:
                 raise ValueError(f"--rank-of: {key} is no multiple of {ranks}")
-    text[KV_HEADS] = max(1, text[KV_HEADS] // ranks)
     text["layer_types"] = (["linear_attention"] * (INTERVAL - 1) + ["full_attention"]) * (layers // INTERVAL)
     kind = text["model_type"].removesuffix("_text")
     config = {

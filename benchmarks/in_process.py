@@ -148,7 +148,8 @@ def work(arguments: Sequence[str]) -> None:
         print(f"{BUILDS}{name}", flush=True)
         if built:
             switch_plugin(settings)
-        os.environ.update(settings)
+        else:  # vLLM loads the plugin, or does not
+            os.environ.update(settings)
         from vllm import LLM, SamplingParams
 
         built[name] = LLM(

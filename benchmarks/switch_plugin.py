@@ -13,8 +13,8 @@ from vllm_gdn_plugin.settings import read_settings
 def switch_plugin(variables: Mapping[str, str]) -> None:
     """Have this process build its next engine with these environment variables: with the plugin where they name a
     strategy, else as stock vLLM, whatever an earlier engine was built with."""
-    factors = compile_factors(read_settings()[0])
-    host.withdraw(factors, GDN_CLASSES.values())
+    host.stop_watching()
+    host.withdraw(compile_factors(read_settings()[0]), GDN_CLASSES.values())
     os.environ.pop(STRATEGY, None)
     os.environ.update(variables)
     if STRATEGY in variables:

@@ -90,6 +90,8 @@ def results() -> str:
     entry_point = json.loads((RESULTS / "entry_point.json").read_text())
     cost = [sum(pair) for pair in zip(entry_point["import_package"], entry_point["register"], strict=True)]
     worst, where = worst_of_fused(bf16)
+    assert where.startswith("Qwen3.5-9B at TP 4"), "see the text of the engines below"
+    assert all(way(point, AUTO) in (FUSED, *PADDED_TO) for point in bf16.points), "see the text below"
     assert versions(fp8.machine) == versions(machine), "see the text below"
     assert not slower_than_serial(bf16) + slower_than_serial(fp8), "see the text below"
     narrow = beside_dual_stream(fp8)
@@ -273,20 +275,22 @@ foretell:
 
 In [another process](benchmarks/results/h200-27B-12-layers-one-process-two-engines/serve.md) two engines with `auto`
 have {change(two, "tpot_ms", "concurrency 1", AUTO)} and {change(two, "tpot_ms", "concurrency 1", AUTO + SECOND)} at 1
-request, all that is foretold, and a second engine of stock {change(two, "tpot_ms", "concurrency 1", OFF + SECOND)}. So
-one process does not take away all that two engines differ by: in the first one, each engine with the plugin gains less
-than foretold, by up to {lacking(one):.1f} % of a step. What it shows is padding and two streams ahead of fused as it
-is, by {ahead(one, AUTO)} and {ahead(one, DUAL_STREAM)}, where {foretold_ahead(one)} are foretold; engines in processes
-of their own, with 32 layers, do not show that ([one
-run](benchmarks/results/h200-27B-32-layers-fused-dual-stream/serve.md),
-[another](benchmarks/results/h200-27B-32-layers-padded/serve.md)).
+request, all that is foretold, and a second engine of stock {change(two, "tpot_ms", "concurrency 1", OFF + SECOND)}. In
+the first one each engine with the plugin gains less than foretold, `auto` at 1 request, too, by up to
+{lacking(one):.1f} % of a step; so one process does not take away all that two runs
+differ by. What it shows is padding and two streams ahead of fused as it
+is, by {ahead(one, AUTO)} and {ahead(one, DUAL_STREAM)}, where {foretold_ahead(one)} are foretold. In processes of their
+own, with 32 layers, TPOT with `auto`, padded, is {over_fused(padded, AUTO)} over fused as it is
+([run](benchmarks/results/h200-27B-32-layers-padded/serve.md)), and with dual_stream {over_fused(both, DUAL_STREAM)}
+([run](benchmarks/results/h200-27B-32-layers-fused-dual-stream/serve.md)).
 
 On [one rank of four of Qwen3.5-9B](benchmarks/results/h200-9B-rank-of-4-16-layers-one-process/serve.md), 16 layers,
 neither `auto`, which fused at every size, nor dual_stream shows a difference from stock at any number of requests,
-where fused should gain {rank_foretold(rank)}. dual_stream, which is up to {worst_of_fused(bf16)[0]:.0f} % faster than
-fused when timed alone, was by the medians {behind(rank)} slower than `auto` there. The likely reason, not traced: a
-step of 2.5 ms waits for the CPU of this host. So `auto` takes two streams in place of one GEMM only where they are far
-ahead.
+where fused should gain {rank_foretold(rank)}. dual_stream, than which fused is up to {worst_of_fused(bf16)[0]:.0f} %
+slower when timed alone, was by the medians {behind(rank)} slower than `auto` there. The likely reason, not traced: a
+step, of {step_of(rank)} at 1 request, waits for the CPU of this host.
+So what two streams would gain in place of one GEMM is not shown, and they take memory:
+`auto` takes them only where they are far ahead.
 
 With FP8, where two streams are all there is, Qwen3.5-27B should gain {foretold(fp8, "fp8", DUAL_STREAM)}; what it
 gains too much at 8 requests is of the size that addresses make. More runs, with fewer layers, other formats, and
@@ -301,9 +305,9 @@ TTFT of 8 to 1024 tokens scatters by tens of percent on these hosts, and two eng
 {change(two, "ttft_ms", "8 in", AUTO)} and {change(two, "ttft_ms", "512 in", AUTO)}; the rank of Qwen3.5-9B
 {change(rank, "ttft_ms", "8 in", AUTO)} at 8.
 
-The bad news: steps with more tokens than the largest captured size, 512 here, may take longer; not at 8192. There the
-ops are called from Python, and with FP8 vLLM's own Python code of the quantised projection runs in them, which in stock
-is a part of the compiled graph. In one process, on two CPUs, TTFT of 1024 tokens with FP8 is
+The bad news: steps with more tokens than the largest captured size, 512 here, may take longer; at 8192 none was shown
+to. There the ops are called from Python, and with FP8 vLLM's own Python code of the quantised projection runs in
+them, which in stock is a part of the compiled graph. In one process, on two CPUs, TTFT of 1024 tokens with FP8 is
 {change(one_fp8, "ttft_ms", "1024 in", AUTO)}, {per_layer(one_fp8, "1024 in", 9):.2f} ms a layer; in bf16
 {change(two, "ttft_ms", "1024 in", AUTO)} with one engine and {change(two, "ttft_ms", "1024 in", AUTO + SECOND)} with
 another, beside {change(two, "ttft_ms", "1024 in", OFF + SECOND)} with a second one of stock. In processes of their own
@@ -427,7 +431,19 @@ def between(run: EngineRun, name: str, other: str) -> list[Change]:
 def ahead(run: EngineRun, name: str) -> str:
     """By how much an engine's TPOT is shorter than fused's."""
     found = [-one.percent for one in between(run, name, FUSED)]
+    assert min(found) > 0, "see the text that this is for"
     return f"{min(found):.1f} to {max(found):.1f} %"
+
+
+def over_fused(run: EngineRun, name: str) -> str:
+    """How TPOT lies over fused's at each number of requests, the median within the rounds."""
+    cases = [case.removeprefix("concurrency ") for case in run.cases("tpot_ms")]
+    found = between(run, name, FUSED)
+    return ", ".join(f"{one.percent:+.1f} % at {n}" for n, one in zip(cases, found, strict=True))
+
+
+def step_of(run: EngineRun) -> str:
+    return f"{statistics.median(run.values('tpot_ms', 'concurrency 1', OFF).values()):.1f} ms"
 
 
 def foretold_ahead(run: EngineRun) -> str:
@@ -442,8 +458,8 @@ def behind(run: EngineRun) -> str:
     found = between(run, DUAL_STREAM, AUTO)
     medians = [one.percent for one in found]
     assert min(medians) > 0, "see the text that this is for"
-    shown = sum(one.shows_difference for one in found)
-    return f"{min(medians):.1f} to {max(medians):.1f} % (shown at {shown} of {len(found)} numbers of requests)"
+    sure = sum(one.shows_difference for one in found)
+    return f"{min(medians):.1f} to {max(medians):.1f} % (shown at {sure} of {len(found)} numbers of requests)"
 
 
 def lacking(run: EngineRun) -> float:

@@ -37,8 +37,8 @@ NOISE = {FUSED: 0.01, DUAL_STREAM: 0.03}
 """Share of its time by which another way has to beat the planned one: graphs of the same work differ by so much at
 most points, more where a projection is quantised, whose input lies elsewhere in each (benchmarks/NOTES.md)."""
 TWO_STREAMS = 0.1
-"""The same for two streams in place of one GEMM. Where they were 5 to 7 % faster when timed, engines were no faster
-throughout (benchmarks/NOTES.md), and they take a workspace of cuBLAS more."""
+"""The same for two streams in place of one GEMM. Where they were 4 to 8 % faster when timed, some engines were faster
+for it and some slower (benchmarks/NOTES.md), and they take a workspace of cuBLAS more."""
 
 
 @dataclass(frozen=True)
