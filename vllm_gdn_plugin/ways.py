@@ -27,7 +27,7 @@ from vllm_gdn_plugin.tuning import Case, Times
 SECONDS = 5.0
 """After this long no further number of tokens is timed: at the next start, the rest."""
 
-WARM_UPS, ROUNDS = 1, 5
+WARM_UPS, ROUNDS = 1, 8
 LAYERS = {FUSED: 8, DUAL_STREAM: CudaTimer.min_layers}
 """By planned strategy: how many share what it costs to start a graph, at the least. More where the input is quantised,
 since that lies elsewhere in each of them (:func:`vllm_gdn_plugin.timing.one_after_the_other`)."""
