@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of a dense model")
-    parser.add_argument("--rank-of", metavar="N", type=int, choices=(1, 2, 4, 8), default=1)
+    parser.add_argument(
+        "--rank-of", metavar="N", type=int, choices=(1, 2, 4, 8), default=1, help="1, 2, 4 or 8; default 1"
+    )
     options = parser.parse_args()
     try:
         print(make_model(options.name, options.directory, options.layers, options.quantization, options.rank_of))

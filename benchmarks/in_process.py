@@ -10,14 +10,13 @@ short prompts, a case `N in` the first token of one prompt of N tokens; before t
 PyTorch has taken in it. The stock engine starts first, so that the others find Triton's kernels tuned as it has tuned
 them; then `auto`, which times its ways alone; then the others at once. MODEL is a directory, such as gpu_models.py
 makes; weights are dummies. With `--cpus`, once all have started, the threads of all of them run on those CPUs alone:
-what one CPU is slower by than another is then no difference between engines. With `--starts 2` there are two engines
-of each, `off` and `off-2`: what two of the same differ by, no interval tells. With `--one-process` all engines are in
-one, built one after the other: a host that is slow for one process and not for another then slows all alike. Nothing is
-said of memory there. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does; Ctrl-C ends it and keeps
-what was measured. The engines share the GPU: `--engine
-'{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization": 0.01}'`, and more arguments of `LLM`. Without a GPU:
-`--device cpu --strategy fused --engine '{"enforce_eager": true, "mamba_ssm_cache_dtype": "float32",
-"kv_cache_memory_bytes": 134217728}'`.
+what one CPU is slower by than another is then no difference between engines. With `--starts 2` there are two engines of
+each, `off` and `off-2`: what two of the same differ by, no interval tells. With `--one-process` all engines are in one,
+built one after the other: a host that is slow for one process and not for another then slows all alike. Nothing is said
+of memory there. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does; Ctrl-C ends it and keeps what was
+measured. The engines share the GPU: `--engine '{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization": 0.01}'`,
+and more arguments of `LLM`. Without a GPU: `--device cpu --strategy fused --engine '{"enforce_eager": true,
+"mamba_ssm_cache_dtype": "float32", "kv_cache_memory_bytes": 134217728}'`.
 """
 
 import argparse

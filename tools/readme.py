@@ -24,7 +24,7 @@ from vllm_gdn_plugin.bench.engine.variants import OFF
 from vllm_gdn_plugin.bench.report import load
 from vllm_gdn_plugin.bench.results import Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import Shape
-from vllm_gdn_plugin.bench.stats import Change, paired_change
+from vllm_gdn_plugin.bench.stats import Change
 from vllm_gdn_plugin.bench.table import about_machine
 from vllm_gdn_plugin.contract import GDN_CLASSES
 from vllm_gdn_plugin.plan import (
@@ -168,7 +168,7 @@ def in_short(bf16: Run, fp8: Run) -> str:
     faster = [-percent for percent in shown if percent < 0]
     slower = [percent for percent in shown if percent > 0]
     assert (len(slower), len(shown)) == (1, len(found)), "see the text below"
-    assert slower[0] < float(starts(served("27B-16-layers-two-starts"))), "see the text below"
+    assert slower[0] < starts(served("27B-16-layers-two-starts")), "see the text below"
     longest = [changes(served(name), "ttft_ms", "1024 in", AUTO) for name in ONE_PROCESS]
     assert max(change.percent for change in longest if change) == longest[-1].percent, "see the text below"
     long = [changes(run, "ttft_ms", "8192 in", AUTO) for run in runs]
@@ -265,8 +265,8 @@ layers](benchmarks/results/h200-27B-again/serve.md), with dual_stream up to 16 t
 {medians_changed(before, AUTO)}, TTFT of 8 tokens {change(before, "ttft_ms", "8 in", AUTO)}.
 
 Two starts of the same engine differ, too, which the intervals do not include: of stock, with
-[16 layers](benchmarks/results/h200-27B-16-layers-two-starts/serve.md), by up to {starts(twice)} % of TPOT. So what one
-strategy gains over another cannot be told there; better with all engines in one process, which the host slows alike
+[16 layers](benchmarks/results/h200-27B-16-layers-two-starts/serve.md), by up to {starts(twice):.1f} % of TPOT. So what
+one strategy gains over another cannot be told there; better with all engines in one process, which the host slows alike
 (`in_process.py --one-process`). Change of TPOT, Qwen3.5-27B in bf16, 12 of its 64 layers, in
 [{rounds_of(one)} rounds](benchmarks/results/h200-27B-12-layers-one-process/serve.md), and what the projections alone
 foretell:
@@ -392,8 +392,7 @@ def memory_of(run: EngineRun, name: str = AUTO) -> str:
 
 def foretold(run: EngineRun, precision: str, strategy: str) -> str:
     """What a strategy saves of the projections of Qwen3.5-27B's 48 GDN layers, as a share of the engine's steps."""
-    found = shares(run, precision, strategy, 48)
-    return f"{min(found):.1f} to {max(found):.1f} %"
+    return range_of(shares(run, precision, strategy, 48))
 
 
 DENSE, RANK = ("Qwen3.5-27B", 1), ("Qwen3.5-9B", 4)
@@ -414,60 +413,60 @@ def shares(run: EngineRun, precision: str, strategy: str, layers: int, shape: tu
 
 def rank_foretold(run: EngineRun) -> str:
     """What fused saves of the projections of 12 GDN layers of one rank of four of Qwen3.5-9B."""
-    found = shares(run, "bfloat16", FUSED, 12, RANK)
+    return range_of(shares(run, "bfloat16", FUSED, 12, RANK))
+
+
+def tpot_changes(run: EngineRun, name: str, baseline: str = OFF) -> list[Change]:
+    """How an engine's TPOT compares with another's, within the rounds, at each number of requests."""
+    found = [changes(run, "tpot_ms", case, name, baseline) for case in run.cases("tpot_ms")]
+    return [one for one in found if one is not None]
+
+
+def range_of(found: Sequence[float]) -> str:
+    """Of percents, the least to the most."""
     return f"{min(found):.1f} to {max(found):.1f} %"
-
-
-def between(run: EngineRun, name: str, other: str) -> list[Change]:
-    """How TPOT changes from one engine to another, within the rounds, at each number of requests."""
-    found = []
-    for case in run.cases("tpot_ms"):
-        ours, theirs = (run.values("tpot_ms", case, each) for each in (name, other))
-        rounds = sorted(ours.keys() & theirs.keys())
-        found.append(paired_change([ours[n] for n in rounds], [theirs[n] for n in rounds]))
-    return found
 
 
 def ahead(run: EngineRun, name: str) -> str:
     """By how much an engine's TPOT is shorter than fused's."""
-    found = [-one.percent for one in between(run, name, FUSED)]
+    found = [-one.percent for one in tpot_changes(run, name, FUSED)]
     assert min(found) > 0, "see the text that this is for"
-    return f"{min(found):.1f} to {max(found):.1f} %"
+    return range_of(found)
 
 
 def over_fused(run: EngineRun, name: str) -> str:
     """How TPOT lies over fused's at each number of requests, the median within the rounds."""
     cases = [case.removeprefix("concurrency ") for case in run.cases("tpot_ms")]
-    found = between(run, name, FUSED)
+    found = tpot_changes(run, name, FUSED)
     return ", ".join(f"{one.percent:+.1f} % at {n}" for n, one in zip(cases, found, strict=True))
 
 
 def step_of(run: EngineRun) -> str:
+    """Stock's TPOT of one request, the median."""
     return f"{statistics.median(run.values('tpot_ms', 'concurrency 1', OFF).values()):.1f} ms"
 
 
 def foretold_ahead(run: EngineRun) -> str:
     """By how much ``auto`` and dual_stream should be ahead of fused."""
     fused, *others = (shares(run, "bfloat16", name, 9) for name in (FUSED, AUTO, DUAL_STREAM))
-    found = [one - other for ours in others for one, other in zip(ours, fused, strict=True)]
-    return f"{min(found):.1f} to {max(found):.1f} %"
+    return range_of([one - other for ours in others for one, other in zip(ours, fused, strict=True)])
 
 
 def behind(run: EngineRun) -> str:
     """By how much TPOT with two streams is longer than with ``auto``."""
-    found = between(run, DUAL_STREAM, AUTO)
+    found = tpot_changes(run, DUAL_STREAM, AUTO)
     medians = [one.percent for one in found]
     assert min(medians) > 0, "see the text that this is for"
     sure = sum(one.shows_difference for one in found)
-    return f"{min(medians):.1f} to {max(medians):.1f} % (shown at {sure} of {len(found)} numbers of requests)"
+    return f"{range_of(medians)} (shown at {sure} of {len(found)} numbers of requests)"
 
 
 def lacking(run: EngineRun) -> float:
     """By how much of a step the engines in one process gain less than foretold, at the most, in percent."""
     found = []
     for name in (FUSED, AUTO, DUAL_STREAM):
-        seen = [changes(run, "tpot_ms", case, name) for case in run.cases("tpot_ms")]
-        found += [share + one.percent for share, one in zip(shares(run, "bfloat16", name, 9), seen, strict=True) if one]
+        expected = shares(run, "bfloat16", name, 9)
+        found += [share + one.percent for share, one in zip(expected, tpot_changes(run, name), strict=True)]
     assert min(found) > 0, "see the text that this is for"
     return max(found)
 
@@ -513,9 +512,9 @@ def per_layer(run: EngineRun, case: str, layers: int) -> float:
     return statistics.median(ours[number] - stock[number] for number in stock.keys() & ours.keys()) / layers
 
 
-def starts(run: EngineRun) -> str:
+def starts(run: EngineRun) -> float:
     """The most by which the medians of TPOT of two stock engines differ, in percent."""
-    return f"{max(100 * abs(ratio - 1) for ratio in ratios_of_medians(run, OFF + SECOND).values()):.1f}"
+    return max(100 * abs(ratio - 1) for ratio in ratios_of_medians(run, OFF + SECOND).values())
 
 
 def reserved(run: EngineRun, name: str) -> float:

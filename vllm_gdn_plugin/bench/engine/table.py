@@ -26,14 +26,14 @@ def markdown(run: EngineRun) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def changes(run: EngineRun, metric: str, case: str, variant: str) -> Change | None:
-    """How a variant compares with the stock engine, in the rounds that have both; None where no round has, or where
-    a zero makes percent meaningless."""
-    stock, found = (run.values(metric, case, name) for name in (OFF, variant))
-    rounds = sorted(stock.keys() & found.keys())
-    if not rounds or not all(values[n] > 0 for values in (stock, found) for n in rounds):
+def changes(run: EngineRun, metric: str, case: str, variant: str, baseline: str = OFF) -> Change | None:
+    """How a variant compares with another, the stock engine if none is named, in the rounds that have both; None where
+    no round has, or where a zero makes percent meaningless."""
+    base, found = (run.values(metric, case, name) for name in (baseline, variant))
+    rounds = sorted(base.keys() & found.keys())
+    if not rounds or not all(values[n] > 0 for values in (base, found) for n in rounds):
         return None
-    return paired_change([found[n] for n in rounds], [stock[n] for n in rounds])
+    return paired_change([found[n] for n in rounds], [base[n] for n in rounds])
 
 
 def _about(run: EngineRun) -> list[str]:
