@@ -36,15 +36,29 @@ def project(layer: Any, hidden_states: torch.Tensor) -> Any:
     """What the stock forward runs on: the layer itself where its plan is serial, else its stand-in."""
     if layer.gdn_strategy == SERIAL:
         return layer
-    sizes = [layer.in_proj_qkvz.output_size_per_partition, layer.in_proj_ba.output_size_per_partition]
-    name = _encode_layer_name(layer.prefix)
-    if layer.gdn_strategy == FUSED:
-        padding = layer.gdn_padding
-        both = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(hidden_states, sum(sizes) + padding, name)
-        qkvz, ba, _ = both.split([*sizes, padding], dim=-1)
-    else:
-        qkvz, ba = torch.ops.vllm_gdn_plugin.gdn_in_proj(hidden_states, *sizes, name)
-    return ProjectedLayer(layer, qkvz, ba)
+    how = project_in_one if layer.gdn_strategy == FUSED else project_side_by_side
+    return ProjectedLayer(layer, *how(layer, hidden_states))
+
+
+def project_in_one(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both projections of ``hidden_states`` (num_tokens, hidden_size), as views of one result."""
+    padding = layer.gdn_padding
+    sizes = layer.in_proj_qkvz.output_size_per_partition, layer.in_proj_ba.output_size_per_partition
+    both = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(
+        hidden_states, sum(sizes) + padding, _encode_layer_name(layer.prefix)
+    )
+    qkvz, ba, _ = both.split([*sizes, padding], dim=-1)
+    return qkvz, ba
+
+
+def project_side_by_side(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both projections of ``hidden_states`` (num_tokens, hidden_size), ``in_proj_ba`` beside ``in_proj_qkvz``, which
+    stays what it is in stock vLLM, a part of the compiled graph."""
+    ops, name = torch.ops.vllm_gdn_plugin, _encode_layer_name(layer.prefix)
+    ops.gdn_in_proj_fork(hidden_states, name)
+    qkvz, _ = layer.in_proj_qkvz(hidden_states)
+    ba = ops.gdn_in_proj_join(hidden_states, qkvz, layer.in_proj_ba.output_size_per_partition, name)
+    return qkvz, ba
 
 
 def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:

@@ -11,14 +11,7 @@ from typing import Any
 import torch
 
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.op import (
-    SERIALLY,
-    fork_and_join,
-    project_apart,
-    project_ba_narrow,
-    project_fused_apart,
-    project_narrow,
-)
+from vllm_gdn_plugin.op import fork, project_apart, project_ba_narrow, project_fused_apart
 from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL, choices_at
 from vllm_gdn_plugin.report import unexpected, warn_once
 from vllm_gdn_plugin.timing import CudaTimer, apart, one_after_the_other
@@ -97,13 +90,13 @@ def _one_gemm(way: str, layer: Any, x: torch.Tensor) -> object:
 WAYS: dict[str, dict[str, Way]] = {
     FUSED: {
         **{way: partial(_one_gemm, way) for way in (FUSED, *PADDED_TO)},
-        DUAL_STREAM: lambda layer, x: project_fused_apart(layer, x, fork_and_join(layer, x)),
-        SERIAL: lambda layer, x: project_fused_apart(layer, x, SERIALLY),
+        DUAL_STREAM: lambda layer, x: project_fused_apart(layer, x, fork(layer, x)),
+        SERIAL: lambda layer, x: project_fused_apart(layer, x, None),
     },
     DUAL_STREAM: {
-        DUAL_STREAM: lambda layer, x: project_apart(layer, x, fork_and_join(layer, x)),
-        NARROW_KERNEL: lambda layer, x: project_narrow(layer, x, fork_and_join(layer, x), project_ba_narrow),
-        SERIAL: lambda layer, x: project_apart(layer, x, SERIALLY),
+        DUAL_STREAM: lambda layer, x: project_apart(layer, x, fork(layer, x)),
+        NARROW_KERNEL: lambda layer, x: project_apart(layer, x, fork(layer, x), project_ba_narrow),
+        SERIAL: lambda layer, x: project_apart(layer, x, None),
     },
 }
 """By planned strategy: the ways in which the ops run such a layer."""

@@ -37,13 +37,35 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"joined": {}}
+    joined = watch_joins()
     if options.take:
         results["captured"] = take(options.take.split(","))
     for name, settings in SETTINGS.items():
         switch_plugin(settings)  # for worker processes, too
+        joined.clear()
         results[name] = generate(options)
+        results["joined"][name] = sorted(joined)
         options.output.write_text(json.dumps(results))
+
+
+def watch_joins() -> set[str]:
+    """The names of the layers whose `in_proj_ba` this process captures on the auxiliary stream, and `serially` if it
+    captures one that had no fork."""
+    import torch
+
+    from vllm_gdn_plugin import op
+
+    seen: set[str] = set()
+    join = op.join
+
+    def watched(forked: Any, work: Any) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            seen.add(forked.layer_name if forked else "serially")
+        return join(forked, work)
+
+    op.join = watched
+    return seen
 
 
 def take(preferred: list[str]) -> list[tuple[str, int]]:

@@ -41,31 +41,25 @@ def context(vllm_config: Any) -> AbstractContextManager[None]:
 
 
 def op(layer: Any, hidden_states: Any) -> Any:
-    import torch
-    from vllm.utils.torch_utils import _encode_layer_name
+    """Both projections, as the plugin's layer has them computed."""
+    from vllm_gdn_plugin.layer import project_side_by_side
 
-    import vllm_gdn_plugin.op  # noqa: F401
-
-    return torch.ops.vllm_gdn_plugin.gdn_in_proj(
-        hidden_states,
-        layer.in_proj_qkvz.output_size_per_partition,
-        layer.in_proj_ba.output_size_per_partition,
-        _encode_layer_name(layer.prefix),
-    )
+    return project_side_by_side(layer, hidden_states)
 
 
 def serial(layer: Any, hidden_states: Any) -> Any:
     return layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0]
 
 
-def capture(function: Callable[[], Any]) -> tuple[Any, Any]:
+def capture(function: Callable[[], Any], warm_up: bool = True) -> tuple[Any, Any]:
     """(graph, its outputs) of a function, warmed up as vLLM does before it captures."""
     import torch
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        function()
+    if warm_up:
+        with torch.cuda.stream(stream):
+            function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -141,6 +135,56 @@ def test_forks_to_the_auxiliary_stream_and_joins_only_while_capturing(
         assert streams(8, captured=True) == (True, True)
         assert streams(8, captured=False) == (True, False)
         assert streams(65, captured=True) == (True, False)
+
+
+def test_a_join_without_its_fork_runs_serially(vllm_config: Any, make_layer: Callable[..., Any]) -> None:
+    """On a copy of what the fork was given, after another layer's fork, in another thread, in another graph."""
+    import torch
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    layer, other = (make_layer(SHAPES["9B"]) for _ in range(2))
+    x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
+    want = serial(layer, x)
+    ops = torch.ops.vllm_gdn_plugin
+
+    def fork(layer: Any) -> None:
+        ops.gdn_in_proj_fork(x, _encode_layer_name(layer.prefix))
+
+    def join(layer: Any, hidden_states: Any) -> Any:
+        qkvz, _ = layer.in_proj_qkvz(hidden_states)
+        return qkvz, ops.gdn_in_proj_join(hidden_states, qkvz, ba_size, _encode_layer_name(layer.prefix))
+
+    ba_size = layer.in_proj_ba.output_size_per_partition
+    in_vain: dict[str, Callable[[], Any]] = {
+        "a copy": lambda: (fork(layer), join(layer, x.clone()))[1],
+        "another layer": lambda: (fork(other), join(layer, x))[1],
+        "no fork": lambda: join(layer, x),
+    }
+    auxiliary: list[bool] = []
+    projection = layer.in_proj_ba
+
+    def spy(hidden_states: Any) -> Any:
+        auxiliary.append(torch.cuda.current_stream() == aux_stream())
+        return projection(hidden_states)
+
+    from vllm.utils.torch_utils import aux_stream
+
+    spy.output_size_per_partition = ba_size  # type: ignore[attr-defined]
+    layer.in_proj_ba = spy
+    with context(vllm_config):
+        op(layer, x)
+        for what, call in in_vain.items():
+            auxiliary.clear()
+            graph, outputs = capture(call)
+            graph.replay()
+            assert not any(auxiliary), what
+            assert same_bits(outputs, want), what
+        capture(lambda: fork(layer))
+        auxiliary.clear()
+        graph, outputs = capture(lambda: join(layer, x), warm_up=False)
+        graph.replay()
+        assert auxiliary == [False]
+        assert same_bits(outputs, want)
 
 
 def test_overlaps_in_time(vllm_config: Any, make_layer: Callable[..., Any]) -> None:

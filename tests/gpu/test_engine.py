@@ -79,6 +79,15 @@ def test_gives_the_same_tokens(generated: Any, strategy: str) -> None:
                 break
 
 
+def test_every_layer_was_captured_on_two_streams(generated: Any) -> None:
+    """Where the compiler gave a join another tensor than its fork had, it would be serial, and nobody would see it."""
+    if generated["mode"] == "tp2":
+        pytest.skip("each engine has processes of its own")
+    joined = generated["joined"]["dual_stream"]
+    assert len(joined) == (0 if generated["mode"] == "eager" else 3)
+    assert "serially" not in joined
+
+
 def test_each_strategy_was_at_work(generated: Any) -> None:
     if generated["mode"] == "narrow":
         assert "one GEMM cannot serve" in generated["log"]
