@@ -8,7 +8,7 @@ import pytest
 from tiny_model import KINDS
 
 GDN_LAYERS = 3
-OPS = {"dual_stream": "vllm_gdn_plugin.gdn_in_proj", "fused": "vllm_gdn_plugin.gdn_fused_in_proj"}
+OPS = {"dual_stream": ["gdn_in_proj_fork", "gdn_in_proj_join"], "fused": ["gdn_fused_in_proj"]}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +30,10 @@ def test_forward_cuda_runs_as_stock_does(
     for layer in case["layers"]:
         assert layer["class"].startswith("GdnPlugin")
         assert layer["strategy"] == strategy
-        assert layer["traced"] == [OPS[strategy]]
+        assert layer["traced"] == [f"vllm_gdn_plugin.{op}" for op in OPS[strategy]]
         assert layer["norm"] > 0
         assert layer["error"] <= (0 if strategy == "dual_stream" else 0.01 * layer["norm"])
-    assert case["op_calls"] == {strategy: GDN_LAYERS}
+    assert case["op_calls"] == {strategy: GDN_LAYERS * len(OPS[strategy])}
     for name in ("vllm", "torch"):
         record_property(name, constructed[name])
     record_property("op_calls", case["op_calls"][strategy])

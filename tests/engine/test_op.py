@@ -2,7 +2,10 @@
 
 import weakref
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +29,7 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]
     from vllm_gdn_plugin.fused import FusedProjections
 
     class Projection(torch.nn.Linear):
+        output_size_per_partition = property(lambda linear: linear.out_features)
         quant_method = SimpleNamespace(
             apply=lambda layer, x: torch.nn.functional.linear(x, layer.weight),
             process_weights_after_loading=lambda layer: None,
@@ -45,11 +49,11 @@ def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]
         torch.manual_seed(0)
         for i in range(count):
             qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (qkvz_size, BA))
-            layer = SimpleNamespace(
-                in_proj_qkvz=qkvz, in_proj_ba=ba, gdn_safe_pair=True, gdn_max_tokens=64, gdn_tuned={}
-            )
+            layer = SimpleNamespace(prefix=f"model.layers.{i}", in_proj_qkvz=qkvz, in_proj_ba=ba)
+            layer.gdn_safe_pair, layer.gdn_max_tokens, layer.gdn_tuned = True, 64, {}
             layer.gdn_fused = FusedProjections(qkvz, ba, ways)
-            known[f"model.layers.{i}"] = layer
+            layer.gdn_padding = layer.gdn_fused.padding
+            known[layer.prefix] = layer
         return list(known)
 
     yield make
@@ -62,7 +66,8 @@ def test_opcheck(layers: Callable[[int], list[str]]) -> None:
     (name,) = layers(1)
     x = torch.randn(TOKENS, HIDDEN)
     ops = torch.ops.vllm_gdn_plugin
-    torch.library.opcheck(ops.gdn_in_proj.default, (x, QKVZ, BA, _encode_layer_name(name)))
+    torch.library.opcheck(ops.gdn_in_proj_fork.default, (x, _encode_layer_name(name)))
+    torch.library.opcheck(ops.gdn_in_proj_join.default, (x, torch.randn(TOKENS, QKVZ), BA, _encode_layer_name(name)))
     padded = -(QKVZ + BA) % 16 + QKVZ + BA
     torch.library.opcheck(ops.gdn_fused_in_proj.default, (x, padded, _encode_layer_name(name)))
 
@@ -83,45 +88,63 @@ def test_the_fake_foretells_shape_dtype_device_and_strides(layers: Callable[[int
     from vllm.utils.torch_utils import _encode_layer_name
 
     (name,) = layers(1)
-    x = torch.randn(num_tokens, HIDDEN)
-    real = torch.ops.vllm_gdn_plugin.gdn_in_proj(x, QKVZ, BA, _encode_layer_name(name))
+    x, qkvz = torch.randn(num_tokens, HIDDEN), torch.randn(num_tokens, QKVZ)
+    join = torch.ops.vllm_gdn_plugin.gdn_in_proj_join
+    one = join(x, qkvz, BA, _encode_layer_name(name))
     with FakeTensorMode() as mode:
-        fake = torch.ops.vllm_gdn_plugin.gdn_in_proj(mode.from_tensor(x), QKVZ, BA, _encode_layer_name(name))
-    for one, other in zip(real, fake, strict=True):
-        assert (one.shape, one.dtype, one.device, one.stride()) == (
-            other.shape,
-            other.dtype,
-            other.device,
-            other.stride(),
-        )
+        other = join(mode.from_tensor(x), mode.from_tensor(qkvz), BA, _encode_layer_name(name))
+    assert (one.shape, one.dtype, one.device, one.stride()) == (other.shape, other.dtype, other.device, other.stride())
 
 
 def test_the_outputs_alias_nothing(layers: Callable[[int], list[str]]) -> None:
-    from vllm.utils.torch_utils import _encode_layer_name
-
     (name,) = layers(1)
     x = torch.randn(TOKENS, HIDDEN)
-    outputs = torch.ops.vllm_gdn_plugin.gdn_in_proj(x, QKVZ, BA, _encode_layer_name(name))
+    outputs = call("dual_stream", name, x)
     assert len({t.untyped_storage().data_ptr() for t in (x, *outputs)}) == 3
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """`capturing()` has all calls from then on overlap, as on a GPU that captures a graph: what is done, in order."""
+
+    def start() -> list[str]:
+        from vllm_gdn_plugin import op
+
+        done: list[str] = []
+        names = cycle(("reached", "done"))
+
+        def event() -> Any:
+            name = next(names)
+            return SimpleNamespace(
+                record=lambda: done.append(f"{name}.record"), wait=lambda: done.append(f"{name}.wait")
+            )
+
+        monkeypatch.setattr(op, "why_serial", lambda *args: None)
+        monkeypatch.setattr(op, "aux_stream", lambda: "the stream")
+        monkeypatch.setattr(torch.cuda, "Event", event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        return done
+
+    return start
 
 
 FAULTS: dict[str, tuple[str, str, str]] = {
     "why_serial": ("dual_stream", "vllm_gdn_plugin.op.why_serial", "dual_stream failed and runs serially"),
     "the stream": ("dual_stream", "vllm_gdn_plugin.op.aux_stream", "dual_stream failed and runs serially"),
+    "the wait": ("dual_stream", "torch.cuda.stream", "dual_stream failed and runs serially"),
     "the weights' place": ("fused", "vllm_gdn_plugin.fused._whereabouts", "a GDN layer goes back to serial"),
 }
 """A step of the plugin inside an op: the strategy, what fails, what is said."""
 
 
 def call(strategy: str, name: str, x: Any) -> Any:
-    """Both projections by an op, without fused's padding."""
-    from vllm.utils.torch_utils import _encode_layer_name
+    """Both projections by the ops, without fused's padding."""
+    from vllm_gdn_plugin import host
+    from vllm_gdn_plugin.layer import project_in_one, project_side_by_side
 
-    ops = torch.ops.vllm_gdn_plugin
-    if strategy == "dual_stream":
-        return ops.gdn_in_proj(x, QKVZ, BA, _encode_layer_name(name))
-    both = ops.gdn_fused_in_proj(x, -(QKVZ + BA) % 16 + QKVZ + BA, _encode_layer_name(name))
-    return both.split([QKVZ, BA, both.shape[1] - QKVZ - BA], dim=-1)[:2]
+    project = project_side_by_side if strategy == "dual_stream" else project_in_one
+    return project(host.layer_by_name(name), x)
 
 
 @pytest.mark.parametrize("good_calls", [0, 3], ids=["first call", "later call"])
@@ -131,6 +154,7 @@ def test_a_fault_of_ours_in_an_op_is_serial_and_said_once(
     warnings: list[str],
     fault: str,
     good_calls: int,
+    capturing: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from vllm_gdn_plugin import op
@@ -138,10 +162,8 @@ def test_a_fault_of_ours_in_an_op_is_serial_and_said_once(
     strategy, step, said = FAULTS[fault]
     names = layers(2)
     known = [op.host.layer_by_name(name) for name in names]
-    if fault == "the stream":  # it is only asked for while a graph is captured
-        monkeypatch.setattr(op, "why_serial", lambda *args: None)
-        monkeypatch.setattr(torch.cuda, "Event", lambda: None)
-        monkeypatch.setattr(op, "maybe_execute_in_parallel", lambda one, other, *events: (one(), other()))
+    if fault in ("the stream", "the wait"):  # which come up while a graph is captured alone
+        capturing()
     x = torch.randn(TOKENS, HIDDEN)
     for name in names[:good_calls]:
         call(strategy, name, x)
@@ -251,36 +273,29 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
     tuned: dict[int, str],
     overlaps: bool,
     runs: bool,
+    capturing: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is enqueued first, on the auxiliary stream, and fork and join are where they belong."""
+    """``in_proj_ba`` is enqueued on the auxiliary stream, after ``in_proj_qkvz``, and fork and join are around both."""
     from vllm_gdn_plugin import op
 
     (name,) = layers(1)
     layer = op.host.layer_by_name(name)
     layer.gdn_tuned = tuned
-    done: list[str] = []
-
-    def event(name: str) -> Any:
-        return SimpleNamespace(record=lambda: done.append(f"{name}.record"), wait=lambda: done.append(f"{name}.wait"))
-
-    if overlaps:
-        monkeypatch.setattr(op, "fork_and_join", lambda *args: (event("fork"), event("join"), "the stream"))
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
-    monkeypatch.setattr(op, "maybe_execute_in_parallel", lambda one, other, *events: (one(), other()))
     if not runs:
         monkeypatch.setattr(narrow, "linear", lambda x, weight: int("no"))
     x = torch.randn(TOKENS, HIDDEN)
     want = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
+    done = capturing() if overlaps else []
     for linear in ("qkvz", "ba"):
         getattr(layer, f"in_proj_{linear}").register_forward_hook(lambda *args, linear=linear: done.append(linear))
     qkvz, ba = call("dual_stream", name, x)
     taken = overlaps and tuned.get(TOKENS) == "narrow_kernel"
     assert torch.equal(qkvz, want[0])
     assert torch.equal(ba, 2 * want[1] if taken and runs else want[1])
-    inside = [] if runs else ["ba"]
-    order = ["fork.record", "the stream", "fork.wait", *inside, "join.record", "qkvz", "join.wait"]
-    assert done == (order if taken else ["qkvz", "ba"])
+    inside = [] if taken and runs else ["ba"]
+    on_two_streams = ["the stream", "reached.wait", "the stream", *inside, "done.record", "done.wait"]
+    assert done == (["reached.record", "qkvz", *on_two_streams] if overlaps else ["qkvz", "ba"])
 
 
 def test_a_narrow_kernel_that_fails_is_replaced_by_the_projection_and_said_once(
@@ -297,9 +312,7 @@ def test_a_narrow_kernel_that_fails_is_replaced_by_the_projection_and_said_once(
 
     monkeypatch.setattr(narrow, "linear", fail)
     for _ in range(3):
-        qkvz, ba = op.project_narrow(layer, x, op.SERIALLY)
-        assert torch.equal(qkvz, layer.in_proj_qkvz(x)[0])
-        assert torch.equal(ba, layer.in_proj_ba(x)[0])
+        assert torch.equal(op.project_ba_narrow_or_not(layer, x), layer.in_proj_ba(x)[0])
     (line,) = warnings
     assert line.endswith("narrow_kernel failed and is left out: unexpected ZeroDivisionError: planted")
 
@@ -339,11 +352,137 @@ def test_what_a_projection_raises_is_the_host_s(
 
 
 def test_an_error_of_the_projection_passes_through(layers: Callable[[int], list[str]]) -> None:
-    from vllm.utils.torch_utils import _encode_layer_name
-
     (name,) = layers(1)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        torch.ops.vllm_gdn_plugin.gdn_in_proj(torch.randn(TOKENS, HIDDEN + 1), QKVZ, BA, _encode_layer_name(name))
+        call("dual_stream", name, torch.randn(TOKENS, HIDDEN + 1))
+
+
+IN_VAIN: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
+    "no fork": lambda fork, join, names, x: join(names[0], x),
+    "a copy": lambda fork, join, names, x: (fork(names[0], x), join(names[0], x.clone())),
+    "another layer": lambda fork, join, names, x: (fork(names[1], x), join(names[0], x)),
+    "joined before": lambda fork, join, names, x: (fork(names[0], x), join(names[0], x), join(names[0], x)),
+    "another thread": lambda fork, join, names, x: (
+        ThreadPoolExecutor(1).submit(fork, names[0], x).result(),
+        join(names[0], x),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_VAIN)
+def test_a_join_without_its_fork_runs_serially(
+    layers: Callable[[int], list[str]], warnings: list[str], capturing: Callable[[], list[str]], case: str
+) -> None:
+    """Its ``hidden_states`` may be newer than what was there at the fork."""
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    ops, names = torch.ops.vllm_gdn_plugin, layers(2)
+    x, qkvz = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, QKVZ)
+    want = call("dual_stream", names[0], x)[1]
+    done = capturing()
+
+    def fork(name: str, hidden_states: Any) -> None:
+        ops.gdn_in_proj_fork(hidden_states, _encode_layer_name(name))
+
+    def join(name: str, hidden_states: Any) -> None:
+        done.clear()
+        assert torch.equal(ops.gdn_in_proj_join(hidden_states, qkvz, BA, _encode_layer_name(name)), want)
+
+    fork(names[0], x)
+    join(names[0], x)
+    assert "done.wait" in done
+    IN_VAIN[case](fork, join, names, x)
+    assert done == []
+    assert warnings == []
+
+
+def test_a_fork_of_another_graph_is_not_waited_for(
+    layers: Callable[[int], list[str]],
+    warnings: list[str],
+    capturing: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The auxiliary stream is then in no capture: what ran there would run once, and never with the graph."""
+    (name,) = layers(1)
+    x = torch.randn(TOKENS, HIDDEN)
+    want = call("dual_stream", name, x)
+    done = capturing()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for one, other in zip(call("dual_stream", name, x), want, strict=True):
+        assert torch.equal(one, other)
+    assert done == ["reached.record", "the stream", "reached.wait"]
+    (line,) = warnings
+    assert line.endswith("the fork is not in the CUDA graph that is being captured")
+
+
+wide_calls: list[str] = []
+
+
+@torch.library.custom_op("vllm_gdn_plugin_test::wide", mutates_args=())
+def wide(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A kernel of a quantised ``in_proj_qkvz``."""
+    wide_calls.append("qkvz")
+    return torch.nn.functional.linear(x, weight)
+
+
+wide.register_fake(lambda x, weight: x.new_empty((x.shape[0], weight.shape[0])))
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_the_compiler_leaves_each_projection_between_fork_and_join(
+    layers: Callable[[int], list[str]],
+    capturing: Callable[[], list[str]],
+    blocks: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the join gets the very buffer that the fork was given, with norms before and products after, in buffers of
+    the same size, which could be put in its place."""
+    from torch._inductor.utils import fresh_cache
+
+    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.layer import project_side_by_side
+
+    known = [op.host.layer_by_name(name) for name in layers(blocks)]
+    for layer in known:
+        layer.in_proj_qkvz.forward = lambda x, weight=layer.in_proj_qkvz.weight: (wide(x, weight), None)
+    mix = [torch.randn(HIDDEN, HIDDEN) for _ in known]
+
+    def stack(x: Any) -> Any:
+        for layer, weight in zip(known, mix, strict=True):
+            h = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+            qkvz, ba = project_side_by_side(layer, h)
+            x = x + torch.tanh(qkvz[:, :HIDDEN] * ba.sum(-1, keepdim=True)) @ weight
+        return x
+
+    with torch.inference_mode(), fresh_cache():
+        x = torch.randn(TOKENS, HIDDEN)
+        want = stack(x)
+        compiled = torch.compile(stack, fullgraph=True, dynamic=True)
+        done = capturing()
+        monkeypatch.setitem(globals(), "wide_calls", done)
+        for tokens in (TOKENS, TOKENS, 2 * TOKENS):
+            done.clear()
+            got = compiled(torch.cat([x, x])[:tokens])
+            torch.testing.assert_close(got[:TOKENS], want)
+            once = ["reached.record", "qkvz", "the stream", "reached.wait", "the stream", "done.record", "done.wait"]
+            assert done == blocks * once
+
+
+def test_the_join_depends_on_both_that_must_come_before(layers: Callable[[int], list[str]]) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.layer import project_side_by_side
+
+    (name,) = layers(1)
+    graph = make_fx(partial(project_side_by_side, op.host.layer_by_name(name)))(torch.randn(TOKENS, HIDDEN)).graph
+    (hidden_states,) = graph.find_nodes(op="placeholder")
+    qkvz, ba = graph.output_node().args[0]
+    assert ba.target == torch.ops.vllm_gdn_plugin.gdn_in_proj_join.default
+    assert ba.args[:2] == (hidden_states, qkvz)
+    (fork,) = [node for node in graph.nodes if node.target == torch.ops.vllm_gdn_plugin.gdn_in_proj_fork.default]
+    assert fork.args[0] is hidden_states
+    assert fork.target._schema.arguments[0].alias_info.is_write
 
 
 @torch.library.custom_op("vllm_gdn_plugin_test::attention", mutates_args=())
@@ -355,20 +494,21 @@ def attention(x: torch.Tensor) -> torch.Tensor:
 attention.register_fake(torch.empty_like)
 
 
-def distinct_pieces(names: list[str], encode: Callable[[str], Any], op: Any) -> int:
-    """How many different pieces vLLM's graph splitting leaves of a stack with one op a layer.
+def distinct_pieces(known: list[Any], encode: Callable[[str], Any]) -> int:
+    """How many different pieces vLLM's graph splitting leaves of a stack of layers whose names are encoded so.
 
     Like vLLM's piecewise compilation, where attention ends each piece; two pieces count as one when their code is
     the same, constants included, because then they share an artifact.
     """
     from vllm.compilation.backends import split_graph
 
-    class Stack(torch.nn.Module):
-        def forward(self, x: Any) -> Any:
-            for name in names:
-                qkvz, ba = op(x, QKVZ, BA, encode(name))
-                x = attention(qkvz[:, :HIDDEN] + ba.sum(-1, keepdim=True))
-            return x
+    from vllm_gdn_plugin import layer as layer_module
+
+    def stack(x: Any) -> Any:
+        for layer in known:
+            qkvz, ba = layer_module.project_side_by_side(layer, x)
+            x = attention(qkvz[:, :HIDDEN] + ba.sum(-1, keepdim=True))
+        return x
 
     pieces: set[str] = set()
 
@@ -384,8 +524,9 @@ def distinct_pieces(names: list[str], encode: Callable[[str], Any], op: Any) -> 
         return graph.forward
 
     torch._dynamo.reset()
-    compiled = torch.compile(Stack(), backend=backend, fullgraph=True)
-    compiled(torch.randn(TOKENS, HIDDEN))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_module, "_encode_layer_name", encode)
+        torch.compile(stack, backend=backend, fullgraph=True)(torch.randn(TOKENS, HIDDEN))
     return len(pieces)
 
 
@@ -393,21 +534,10 @@ def test_layers_share_their_artifacts(layers: Callable[[int], list[str]]) -> Non
     """Constant in the number of layers with a LayerName, growing with a string: the regression of vLLM #36795."""
     from vllm.utils.torch_utils import _encode_layer_name
 
-    names = layers(8)
-    by_name = torch.ops.vllm_gdn_plugin.gdn_in_proj
+    from vllm_gdn_plugin import op
 
-    @torch.library.custom_op("vllm_gdn_plugin_test::by_string", mutates_args=())
-    def by_string(x: torch.Tensor, qkvz_size: int, ba_size: int, layer_name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return by_name(x, qkvz_size, ba_size, _encode_layer_name(layer_name))
-
-    by_string.register_fake(lambda x, q, b, n: (x.new_empty((x.size(0), q)), x.new_empty((x.size(0), b))))
-    counts = {
-        count: (
-            distinct_pieces(names[:count], _encode_layer_name, by_name),
-            distinct_pieces(names[:count], str, by_string),
-        )
-        for count in (4, 8)
-    }
+    known = [op.host.layer_by_name(name) for name in layers(8)]
+    counts = {n: [distinct_pieces(known[:n], encode) for encode in (_encode_layer_name, str)] for n in (4, 8)}
     assert counts[4][0] == counts[8][0]
     assert counts[8][1] - counts[4][1] == 4
 
