@@ -36,7 +36,6 @@ HELPERS = {
     "vllm.model_executor.custom_op": ("PluggableLayer.register_oot", "op_registry_oot"),
     "vllm.model_executor.layers.linear": ("UnquantizedLinearMethod.apply", "MergedColumnParallelLinear"),
     "vllm.model_executor.layers.quantization.base_config": ("QuantizeMethodBase.process_weights_after_loading",),
-    "vllm.utils.multi_stream_utils": ("maybe_execute_in_parallel",),
     "vllm.utils.torch_utils": (
         "LayerNameType",
         "_current_stream_tls",

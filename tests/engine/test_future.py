@@ -150,7 +150,8 @@ RELEASES = {
         ("forward_cuda: it calls _input_projection, which uses the projections itself", UPGRADE),
     ),
 }
-SAME_OP_NAME = Release(lambda: {LAYER: [("\nlogger = ", f"{OP}\nlogger = ")]}, ())
+JOIN = OP.replace("gdn_in_proj", "gdn_in_proj_join")
+SAME_OP_NAME = Release(lambda: {LAYER: [("\nlogger = ", f"{JOIN}\nlogger = ")]}, ())
 
 
 def write(release: Release, site: Path) -> None:

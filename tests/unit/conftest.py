@@ -231,7 +231,6 @@ class Platform:
 
 current_platform = Platform("cuda")
 """,
-    "vllm.utils.multi_stream_utils": "def maybe_execute_in_parallel(a, b, *events):\n    return a(), b()\n",
     "vllm.utils.torch_utils": """
 try:
     from torch import opaque

@@ -106,7 +106,7 @@ CASES = {
         1,
         "refused",
     ),
-    "a helper gone": (lambda tree: tree.remove("vllm.utils.multi_stream_utils"), 1, "refused"),
+    "a helper gone": (lambda tree: tree.remove("vllm.utils.torch_utils"), 1, "refused"),
 }
 
 

@@ -91,8 +91,8 @@ def qkvz_alone(layer: Projections, hidden_states: torch.Tensor) -> Outputs:
 
 
 def dual_stream(aux_stream: Any | None, ba_first: bool = False) -> Step:
-    """Side by side, as vLLM's ``maybe_execute_in_parallel`` does: in_proj_qkvz on the current stream and enqueued
-    first, in_proj_ba on ``aux_stream``; serially where there is none. With ``ba_first`` it is the other way round."""
+    """Side by side, as the plugin does: in_proj_qkvz on the current stream and enqueued first, in_proj_ba on
+    ``aux_stream``; serially where there is none. With ``ba_first``, in_proj_ba is enqueued first."""
     if aux_stream is None:
         return serial
 
@@ -114,10 +114,10 @@ def dual_stream(aux_stream: Any | None, ba_first: bool = False) -> Step:
 
 
 def narrow_kernel(aux_stream: Any | None) -> Step:
-    """Side by side, in_proj_ba with the plugin's own kernel and enqueued first, as the plugin does."""
+    """Side by side, in_proj_ba with the plugin's own kernel."""
     from vllm_gdn_plugin import narrow
 
-    step = dual_stream(aux_stream, ba_first=True)
+    step = dual_stream(aux_stream)
     return lambda layer, x: step(replace(layer, ba=lambda x: narrow.linear(x, layer.ba_weight)), x)
 
 
