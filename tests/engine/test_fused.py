@@ -120,7 +120,8 @@ def test_one_storage_holds_both_weights_and_nothing_else_is_kept(make_layer: Cal
     del weights
     one = StorageWeakRef(fused.weight.untyped_storage())
     load(layer, fused)
-    assert one.expired(), "the CPU has packed the weights, and the storage they were loaded into is still alive"
+    packed = not layer.in_proj_qkvz.weight.numel()  # which oneDNN can't on a CPU without AVX-512
+    assert one.expired() == packed, "the storage the weights were loaded into stays as long as they do"
 
 
 @pytest.mark.parametrize("when", ["the next layer is constructed", "the next storage is made", "its layer is loaded"])
