@@ -93,6 +93,7 @@ def results() -> str:
     assert where.startswith("Qwen3.5-9B at TP 4"), "see the text of the engines below"
     assert all(way(point, AUTO) in (FUSED, *PADDED_TO) for point in bf16.points), "see the text below"
     assert versions(fp8.machine) == versions(machine), "see the text below"
+    assert fp8.machine.hardware == machine.hardware, "see the text below"
     assert not slower_than_serial(bf16) + slower_than_serial(fp8), "see the text below"
     narrow = beside_dual_stream(fp8)
     at_8, elsewhere, others, places = by_address()
@@ -103,7 +104,7 @@ def results() -> str:
 
 Time of the two projections of one layer that is saved, stock vLLM's serial projections = 0, median of
 {bf16.rounds} (bf16) or {fp8.rounds} (FP8) interleaved rounds in CUDA graphs, by number of tokens in the batch
-({machine.hardware}, for FP8 one of {fp8.machine.hardware}, torch {machine.torch}, vLLM
+({machine.hardware}, torch {machine.torch}, vLLM
 {machine.vllm}, driver {machine.driver}; TP 4 are the shapes of one rank of four):
 
 **bf16 throughout: fused / fused, padded where `auto` would by these times / dual_stream**
@@ -136,10 +137,10 @@ plugin than without it, as after any change.
 `narrow_kernel`, the plugin's own kernel for `in_proj_ba`, takes {alone()} of cuBLAS's time alone, at 1 to
 {NARROW_KERNEL_MAX_TOKENS} tokens and with every shape ([every
 number](benchmarks/results/h200-narrow-kernel-few-tokens.md)). Beside an FP8 `in_proj_qkvz` most of that was hidden
-already: it beats dual_stream by more than 3 % at {sum(one < 0.97 for one in narrow.values())} of {len(narrow)} points,
-by {100 * (1 - min(narrow.values())):.0f} % at most, and loses by more than 3 % at
-{sum(one > 1.03 for one in narrow.values())}, by {100 * (max(narrow.values()) - 1):.0f} % at most; `auto` takes it where
-it was more than 3 % faster when timed. It is meant for GPUs on which cuBLAS has no good kernel for this shape, such as
+already: it beats dual_stream by {100 * (1 - min(narrow.values())):.0f} % at most, and loses by more than 3 % at
+{sum(one > 1.03 for one in narrow.values())} of {len(narrow)} points, by {100 * (max(narrow.values()) - 1):.0f} % at
+most; `auto` takes it where it was more than 3 % faster when timed. It is meant for GPUs on which cuBLAS has no good
+kernel for this shape, such as
 [the RTX 5090 of vLLM #57318](https://github.com/vllm-project/vllm/pull/57318); what it gains there has not been
 measured.
 
@@ -269,9 +270,12 @@ cell: stock's median, then the median change with `auto` within a round and its 
 
 The first two are on GPUs of {whole.machine.hardware}, beside each other, the one with AWQ is on an
 {awq.machine.hardware}, the one with FP8 on a GPU of {fp8.machine.hardware}. `auto` chose fused at every size in the
-first two, padded at most of them; with FP8 dual_stream (and narrow_kernel at 4 tokens). With dual_stream, all runs but
-the two of 12 layers in FP8, and the traces below, are of an older form of it, one op that ran both projections: on the
-same two streams in a CUDA graph, and slower where there is none (see the bad news). The run with AWQ, whose GDN
+first two, padded at most of them; with FP8 dual_stream (and narrow_kernel at 4 tokens). Of what ran dual_stream, only
+two results have its present form: [three engines of
+each](benchmarks/results/h200-27B-FP8-12-layers-three-starts/serve.md) and [one of
+each](benchmarks/results/h200-27B-FP8-12-layers-fork-join/serve.md), 12 layers in FP8. All other engines here, and the
+traces below, ran an older form, one op for both projections: the same two streams in a CUDA graph, but slower outside
+of one (see the bad news). The run with AWQ, whose GDN
 layers are bf16, is older: dual_stream up to 32 tokens, where `auto` would fuse today. So is [one in bf16 of all 64
 layers](benchmarks/results/h200-27B-again/serve.md), with dual_stream up to 16 tokens: TPOT
 {medians_changed(before, AUTO)}, TTFT of 8 tokens {change(before, "ttft_ms", "8 in", AUTO)}.
@@ -328,9 +332,9 @@ in bf16, two engines of each, {change(mean, "ttft_ms", "8 in", AUTO)} at 8 and
 The bad news: steps with more tokens than the largest captured size, 512 here, may take longer; at 8192 none was shown
 to. There Python runs the plugin's ops, and in them `in_proj_ba`, or both projections where they are fused, which in
 stock are parts of the compiled graph. In one process, on two CPUs, TTFT of 1024 tokens with FP8 is
-{change(mean_fp8, "ttft_ms", "1024 in", AUTO)} with the three engines, {per_layer(mean_fp8, "1024 in", 9):.2f} ms a
-layer, and {change(one_fp8, "ttft_ms", "1024 in", AUTO)} with the one; with [one op for both
-projections](benchmarks/results/h200-27B-FP8-12-layers-one-process/serve.md) it was
+{change(mean_fp8, "ttft_ms", "1024 in", AUTO)} with three engines of each, {per_layer(mean_fp8, "1024 in", 9):.2f} ms a
+layer, and {change(one_fp8, "ttft_ms", "1024 in", AUTO)} with one of each; the older form, [one op for both
+projections](benchmarks/results/h200-27B-FP8-12-layers-one-process/serve.md), had
 {change(one_op, "ttft_ms", "1024 in", AUTO)}. In bf16 it is {change(mean, "ttft_ms", "1024 in", AUTO)}, the
 mean of the two engines; one of stock against another {change(two, "ttft_ms", "1024 in", OFF + SECOND)}.
 In processes of their own, in bf16, it is

@@ -23,7 +23,7 @@ _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
 
 
 class Fork(NamedTuple):
-    """A point of the current stream from which on the auxiliary stream may compute ``in_proj_ba``."""
+    """A point of the current stream after which the auxiliary stream may compute ``in_proj_ba``."""
 
     layer_name: str
     address: int
@@ -46,7 +46,7 @@ def gdn_in_proj_fork(hidden_states: torch.Tensor, layer_name: LayerNameType) -> 
     """Where the layer's two projections are to run side by side, mark that ``hidden_states`` is there.
 
     ``in_proj_qkvz`` follows, as vLLM runs it, then :func:`gdn_in_proj_join`. The schema says that ``hidden_states`` is
-    changed, which it is not: so what follows cannot be moved before, and the join is given this very buffer.
+    changed, which it is not: so nothing is computed from it before, and the join is given this very buffer.
 
     Args:
         hidden_states: (num_tokens, hidden_size), in the model's dtype.
@@ -75,7 +75,7 @@ def gdn_in_proj_join(
         (num_tokens, ba_size), contiguous, in the dtype of ``hidden_states``.
 
     What the projection raises, an out-of-memory say, passes through; so does a failure to find the layer. Should the
-    overlap or the plugin's kernel fail, the call does without it, and a line says why once.
+    auxiliary stream not get to the fork, or the plugin's kernel fail, the call does without, and a line says why once.
     """
     layer = host.layer_by_name(layer_name)
     forked, _open.fork = _open.fork, None
@@ -156,7 +156,7 @@ def project_apart(
 
 
 def why_serial(layer: Any, hidden_states: torch.Tensor) -> StaysSerial | None:
-    """Why this call of the op runs serially, or None when it overlaps."""
+    """Why this call runs the two projections serially, or None when it overlaps them."""
     on_cuda = hidden_states.is_cuda and torch.version.hip is None
     capturing = on_cuda and torch.cuda.is_current_stream_capturing()
     return stays_serial(

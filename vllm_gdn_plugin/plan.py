@@ -143,7 +143,7 @@ DUAL_STREAM_RULES = (
         ),
     ),
     Rule(
-        "CUDA graphs are on (the CPU runs the op serially)",
+        "CUDA graphs are on (the CPU runs the two one after the other)",
         lambda f: f.cuda_graphs or f.platform != "cuda",
         lambda f: (
             "CUDA graphs are off (enforce_eager, or cudagraph_mode NONE): launching on two streams would cost"

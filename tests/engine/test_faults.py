@@ -135,7 +135,7 @@ def test_a_cache_directory_that_cannot_be_written(run_generate: Callable[..., An
 def test_handles_and_memory_do_not_grow_with_requests(
     run_generate: Callable[..., Any], witness: Callable[..., Any]
 ) -> None:
-    """Neither where all is well, nor where every call of the op fails, beyond what stock vLLM leaves behind."""
+    """Neither where all is well, nor where every call of an op fails, beyond what stock vLLM leaves behind."""
 
     def growth(breaks: str | None, settings: dict[str, str]) -> Any:
         env, _ = witness(breaks)

@@ -162,7 +162,7 @@ def test_a_fault_of_ours_in_an_op_is_serial_and_said_once(
     strategy, step, said = FAULTS[fault]
     names = layers(2)
     known = [op.host.layer_by_name(name) for name in names]
-    if fault in ("the stream", "the wait"):  # which come up while a graph is captured alone
+    if fault in ("the stream", "the wait"):  # which come up only while a graph is captured
         capturing()
     x = torch.randn(TOKENS, HIDDEN)
     for name in names[:good_calls]:
@@ -428,11 +428,13 @@ def wide(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 wide.register_fake(lambda x, weight: x.new_empty((x.shape[0], weight.shape[0])))
 
 
+@pytest.mark.parametrize("v2", [True, False], ids=["functionalization v2", "v1, which vLLM takes"])
 @pytest.mark.parametrize("blocks", [2, 3])
 def test_the_compiler_leaves_each_projection_between_fork_and_join(
     layers: Callable[[int], list[str]],
     capturing: Callable[[], list[str]],
     blocks: int,
+    v2: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the join gets the very buffer that the fork was given, with norms before and products after, in buffers of
@@ -457,7 +459,8 @@ def test_the_compiler_leaves_each_projection_between_fork_and_join(
     with torch.inference_mode(), fresh_cache():
         x = torch.randn(TOKENS, HIDDEN)
         want = stack(x)
-        compiled = torch.compile(stack, fullgraph=True, dynamic=True)
+        options: dict[str, Any] = {"enable_auto_functionalized_v2": v2}
+        compiled = torch.compile(stack, fullgraph=True, dynamic=True, options=options)
         done = capturing()
         monkeypatch.setitem(globals(), "wide_calls", done)
         for tokens in (TOKENS, TOKENS, 2 * TOKENS):

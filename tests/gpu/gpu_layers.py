@@ -15,7 +15,7 @@ TOKENS = (1, 2, 3, 4, 7, 8, 16, 31, 32, 64, 128, 200, 256, 512, 1024, 2048, 4096
 
 
 class Layer:
-    """What the op asks of a GDN layer: its two projections, their facts, and a name."""
+    """What the ops ask of a GDN layer: its two projections, their facts, and a name."""
 
     def __init__(self, name: str, qkvz: Any, ba: Any, max_tokens: int) -> None:
         self.prefix = name

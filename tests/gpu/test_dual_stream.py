@@ -138,9 +138,9 @@ def test_forks_to_the_auxiliary_stream_and_joins_only_while_capturing(
 
 
 def test_a_join_without_its_fork_runs_serially(vllm_config: Any, make_layer: Callable[..., Any]) -> None:
-    """On a copy of what the fork was given, after another layer's fork, in another thread, in another graph."""
+    """On a copy of what the fork was given, after another layer's fork, after none, in another graph."""
     import torch
-    from vllm.utils.torch_utils import _encode_layer_name
+    from vllm.utils.torch_utils import _encode_layer_name, aux_stream
 
     layer, other = (make_layer(SHAPES["9B"]) for _ in range(2))
     x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
@@ -166,8 +166,6 @@ def test_a_join_without_its_fork_runs_serially(vllm_config: Any, make_layer: Cal
     def spy(hidden_states: Any) -> Any:
         auxiliary.append(torch.cuda.current_stream() == aux_stream())
         return projection(hidden_states)
-
-    from vllm.utils.torch_utils import aux_stream
 
     spy.output_size_per_partition = ba_size  # type: ignore[attr-defined]
     layer.in_proj_ba = spy
@@ -213,7 +211,7 @@ REPLAYS = 100_000
 
 
 def reference_for(layer: Any, hidden_states: Any) -> Any:
-    """What the op must give, bit for bit, on one stream."""
+    """What the ops must give, bit for bit, on one stream."""
     from vllm_gdn_plugin import narrow
 
     qkvz, ba = serial(layer, hidden_states)

@@ -86,6 +86,7 @@ def test_every_layer_was_captured_on_two_streams(generated: Any) -> None:
     joined = generated["joined"]["dual_stream"]
     assert len(joined) == (0 if generated["mode"] == "eager" else 3)
     assert "serially" not in joined
+    assert "dual_stream failed and runs serially" not in generated["log"]
 
 
 def test_each_strategy_was_at_work(generated: Any) -> None:

@@ -1,4 +1,4 @@
-"""The ways to run a layer, timed on this GPU: each is right, and the op takes the one that was chosen."""
+"""The ways to run a layer, timed on this GPU: each is right, and the ops take the one that was chosen."""
 
 from collections.abc import Callable
 from pathlib import Path

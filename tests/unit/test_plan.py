@@ -70,7 +70,9 @@ BROKEN: dict[str, dict[str, list[tuple[dict[str, Any], str]]]] = {
             ({"qkvz": {"linear_method": "HomemadeMethod"}}, "HomemadeMethod and UnquantizedLinearMethod are not known"),
             ({"ba": {"linear_method": "Fp8LinearMethod"}}, "are not known to be safe side by side"),
         ],
-        "CUDA graphs are on (the CPU runs the op serially)": [({"cuda_graphs": False}, "CUDA graphs are off")],
+        "CUDA graphs are on (the CPU runs the two one after the other)": [
+            ({"cuda_graphs": False}, "CUDA graphs are off")
+        ],
         "they are not breakable CUDA graphs": [({"breakable_graphs": True}, "VLLM_USE_BREAKABLE_CUDAGRAPH is on")],
         "`VLLM_GDN_PLUGIN_MAX_TOKENS` is not 0": [({"overlap_allowed": False}, "leaves no batch to overlap")],
     },
