@@ -61,8 +61,12 @@ def test_the_engine_answers_and_one_line_says_why(
 def test_the_engine_answers_where_an_op_fails(
     run_generate: Callable[..., Any], witness: Callable[..., Any], step: str, eager: bool
 ) -> None:
-    stock = run_generate("qwen3_5", env={"VLLM_PLUGINS": ""}, eager=eager)
+    import torch
+
     strategy = "fused" if step.startswith("fused") else "dual_stream"
+    if strategy == "fused" and torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("vLLM packs no weights on a CPU without AVX-512, and does not get to the step that is to fail")
+    stock = run_generate("qwen3_5", env={"VLLM_PLUGINS": ""}, eager=eager)
     env, _ = witness(step)
     got = run_generate("qwen3_5", env=env | {"VLLM_GDN_PLUGIN_STRATEGY": strategy}, eager=eager)
     assert got["token_ids"] == stock["token_ids"]
