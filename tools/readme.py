@@ -749,7 +749,8 @@ vLLM's CPU engine with a tiny model, {about_machine(whole.machine)}, {whole.roun
 {seconds(whole, DUAL_STREAM)}
 
 And what the `LayerName` is for: compiled graphs over the number of layers, with the CPU engine made to compile
-piecewise as it does on a GPU ([every number](benchmarks/results/cpu-piecewise/compile.md)).
+piecewise as it does on a GPU ([every number](benchmarks/results/cpu-piecewise/compile.md)). dual_stream is the older
+form of one op in both tables of this engine.
 
 {graphs(pieces)}"""
 
