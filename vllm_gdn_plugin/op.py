@@ -75,11 +75,13 @@ def gdn_in_proj_join(
         (num_tokens, ba_size), contiguous, in the dtype of ``hidden_states``.
 
     What the projection raises, an out-of-memory say, passes through; so does a failure to find the layer. Should the
-    auxiliary stream not get to the fork, or the plugin's kernel fail, the call does without, and a line says why once.
+    auxiliary stream not get to the fork, the fork be of another tensor, or the plugin's kernel fail, the call does
+    without, and a line says why once.
     """
     layer = host.layer_by_name(layer_name)
     forked, _open.fork = _open.fork, None
     if forked is not None and (forked.layer_name, forked.address) != (layer.prefix, hidden_states.data_ptr()):
+        warn_once("dual_stream runs serially in a CUDA graph", "the compiler gave a join not what its fork was given")
         forked = None
     narrow = forked is not None and layer.gdn_tuned.get(hidden_states.size(0)) == NARROW_KERNEL
     project = project_ba_narrow_or_not if narrow else project_ba

@@ -393,7 +393,8 @@ def test_a_join_without_its_fork_runs_serially(
     assert "done.wait" in done
     IN_VAIN[case](fork, join, names, x)
     assert done == []
-    assert warnings == []
+    said = ["dual_stream runs serially in a CUDA graph: the compiler gave a join not what its fork was given"]
+    assert [line[line.index("dual") :] for line in warnings] == (said if case in ("a copy", "another layer") else [])
 
 
 def test_a_fork_of_another_graph_is_not_waited_for(
