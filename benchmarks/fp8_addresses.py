@@ -31,7 +31,7 @@ from vllm_gdn_plugin.bench.stats import summary
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.table import about_machine, table
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
-from vllm_gdn_plugin.timing import CudaTimer
+from vllm_gdn_plugin.tune.timer import CudaTimer
 
 ALIGNMENT = 512
 """Bytes: where PyTorch's blocks begin."""

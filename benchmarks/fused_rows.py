@@ -31,8 +31,8 @@ from vllm_gdn_plugin.bench.stats import summary
 from vllm_gdn_plugin.bench.strategies import random_weight
 from vllm_gdn_plugin.bench.table import about_machine, table
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
-from vllm_gdn_plugin.plan import padded
-from vllm_gdn_plugin.timing import CudaTimer, one_after_the_other
+from vllm_gdn_plugin.decide.plan import padded
+from vllm_gdn_plugin.tune.timer import CudaTimer, one_after_the_other
 
 Row = dict[str, Any]
 

@@ -48,7 +48,7 @@ from vllm_gdn_plugin.bench.engine.server import end_group
 from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
 from vllm_gdn_plugin.bench.shapes import count, counts
-from vllm_gdn_plugin.plan import AUTO
+from vllm_gdn_plugin.decide.plan import AUTO
 
 PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""

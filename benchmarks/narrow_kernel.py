@@ -37,8 +37,8 @@ from vllm_gdn_plugin.bench.strategies import Linear, Projections
 from vllm_gdn_plugin.bench.table import NO_DIFFERENCE, about_machine, table
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
 from vllm_gdn_plugin.bench.verify import Outputs, error
-from vllm_gdn_plugin.plan import NARROW_KERNEL
-from vllm_gdn_plugin.timing import CudaTimer
+from vllm_gdn_plugin.decide.plan import NARROW_KERNEL
+from vllm_gdn_plugin.tune.timer import CudaTimer
 
 REPEATS = 20
 ERROR_TOLERANCE = 1.001
@@ -81,7 +81,7 @@ def candidates(device: str) -> dict[str, Make]:
     if importlib.util.find_spec("triton") and (device == "cuda" or interpreted):
         import narrow_triton
 
-        from vllm_gdn_plugin import narrow
+        from vllm_gdn_plugin.run import narrow
 
         found |= {name: partial(narrow_triton.linear, config) for name, config in narrow_triton.CONFIGS.items()}
         found[NARROW_KERNEL] = lambda weight: lambda x: narrow.linear(x, weight)

@@ -26,7 +26,7 @@ from vllm_gdn_plugin.bench.shapes import Shape, count, counts
 from vllm_gdn_plugin.bench.stats import summary
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
-from vllm_gdn_plugin.timing import CudaTimer
+from vllm_gdn_plugin.tune.timer import CudaTimer
 
 Row = dict[str, Any]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from vllm_gdn_plugin import host
 from vllm_gdn_plugin.bench.engine.variants import STRATEGY
-from vllm_gdn_plugin.contract import GDN_CLASSES
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.install import compile_factors, register
 from vllm_gdn_plugin.settings import read_settings
 

@@ -30,7 +30,7 @@ from typing import Any
 from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import BadInput, BenchError
 from vllm_gdn_plugin.bench.results import Machine, read
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, REQUESTS
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, REQUESTS
 
 TITLES = {OFF: "stock"}
 CATEGORY = {"cuda": "kernel", "cpu": "cpu_op"}

@@ -26,8 +26,8 @@ from vllm_gdn_plugin.bench.results import Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.stats import Change
 from vllm_gdn_plugin.bench.table import about_machine
-from vllm_gdn_plugin.contract import GDN_CLASSES
-from vllm_gdn_plugin.plan import (
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+from vllm_gdn_plugin.decide.plan import (
     AUTO,
     DUAL_STREAM,
     FUSED,
@@ -38,7 +38,7 @@ from vllm_gdn_plugin.plan import (
     SERIAL,
 )
 from vllm_gdn_plugin.settings import describe
-from vllm_gdn_plugin.tuning import fastest
+from vllm_gdn_plugin.tune.times import fastest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

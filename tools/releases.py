@@ -27,7 +27,7 @@ from source import fetch, packages
 
 from dev import SOURCE_ONLY
 from examples.tiny_model import KINDS
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED
 from vllm_gdn_plugin.versions import judge_version
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,5 +1,5 @@
 """``python -m vllm_gdn_plugin``: the command line."""
 
-from vllm_gdn_plugin.cli import main
+from vllm_gdn_plugin.cli.main import main
 
 raise SystemExit(main())

@@ -9,13 +9,13 @@ from typing import Any
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.contract import GDN_CLASSES, check_contract, layer_module
-from vllm_gdn_plugin.decision import decide, refusal
-from vllm_gdn_plugin.overlap import share_no_scratch
-from vllm_gdn_plugin.plan import AUTO, FUSED, SERIAL, plan
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES, check_contract, layer_module
+from vllm_gdn_plugin.decide.decision import decide, refusal
+from vllm_gdn_plugin.decide.plan import AUTO, FUSED, SERIAL, plan
+from vllm_gdn_plugin.decide.scratch import share_no_scratch
 from vllm_gdn_plugin.report import Refused, ledger, stepping_aside
 from vllm_gdn_plugin.settings import Settings, read_settings, variable
-from vllm_gdn_plugin.tuning import tuner
+from vllm_gdn_plugin.tune.times import tuner
 from vllm_gdn_plugin.versions import judge_version
 
 
@@ -73,7 +73,7 @@ def _install(settings: Settings, module: ModuleType, class_name: str, say: Calla
     if decision.status == "serial":
         say("info", f"stock vLLM is left untouched: {decision.reason}")
         return True
-    from vllm_gdn_plugin.layer import make_layer_class
+    from vllm_gdn_plugin.run.layer import make_layer_class
 
     host.replace(class_name, make_layer_class(getattr(module, class_name), partial(adopt, settings, platform)))
     return True
@@ -94,7 +94,7 @@ def adopt(settings: Settings, platform: str, layer: Any) -> None:
         layer.gdn_safe_pair = share_no_scratch(facts.qkvz.linear_method, facts.ba.linear_method)
         ways = tuner.add(layer, facts) if settings.strategy == AUTO and settings.tune else ()
         if chosen.strategy == FUSED:
-            from vllm_gdn_plugin.fused import FusedProjections
+            from vllm_gdn_plugin.run.fused import FusedProjections
 
             layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba, ways)
             layer.gdn_padding = layer.gdn_fused.padding

@@ -10,7 +10,7 @@ from typing import Any
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.plan import SERIAL
+from vllm_gdn_plugin.decide.plan import SERIAL
 from vllm_gdn_plugin.settings import Settings
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from vllm_gdn_plugin.plan import REQUESTS
+from vllm_gdn_plugin.decide.plan import REQUESTS
 
 PREFIX = "VLLM_GDN_PLUGIN_"
 

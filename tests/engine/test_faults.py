@@ -50,7 +50,7 @@ def test_the_engine_answers_and_one_line_says_why(
     expected = {
         "contract": "planted breach",
         "held": "OtherPluginsLayer already replaces",
-        "layer module": "unexpected ModuleNotFoundError: import of vllm_gdn_plugin.layer halted",
+        "layer module": "unexpected ModuleNotFoundError: import of vllm_gdn_plugin.run.layer halted",
     }
     assert expected.get(step, "unexpected ZeroDivisionError: planted by the test") in lines[0]
 

@@ -14,8 +14,8 @@ from quantize import quantize
 from safetensors.torch import load_file
 from tiny_model import make_model
 
-from vllm_gdn_plugin.plan import FUSED as ONE_GEMM
-from vllm_gdn_plugin.plan import PADDED_TO, ROW_ALIGNMENT, rows_by_way
+from vllm_gdn_plugin.decide.plan import FUSED as ONE_GEMM
+from vllm_gdn_plugin.decide.plan import PADDED_TO, ROW_ALIGNMENT, rows_by_way
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vllm isn't installed: run `python3.11 dev.py test`")
@@ -77,7 +77,7 @@ def load(layer: Any, fused: Any) -> None:
 
 @pytest.mark.parametrize("model", SHAPES)
 def test_as_exact_as_the_two_projections(make_layer: Callable[..., Layer], model: str) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     torch.manual_seed(0)
     hidden, *sizes = SHAPES[model]
@@ -101,7 +101,7 @@ def test_as_exact_as_the_two_projections(make_layer: Callable[..., Layer], model
 def test_one_storage_holds_both_weights_and_nothing_else_is_kept(make_layer: Callable[..., Layer]) -> None:
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from vllm_gdn_plugin.fused import FusedProjections, release_replaced
+    from vllm_gdn_plugin.run.fused import FusedProjections, release_replaced
 
     hidden, qkvz, ba = SHAPES["27B"]
     ba -= 8  # so that there is padding
@@ -129,8 +129,8 @@ def test_a_replaced_weight_is_kept_until(make_layer: Callable[..., Layer], when:
     """So that the next layer finds all of its bytes free, and not what another kind of layer has left of them."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from vllm_gdn_plugin.fused import FusedProjections
-    from vllm_gdn_plugin.layer import make_layer_class
+    from vllm_gdn_plugin.run.fused import FusedProjections
+    from vllm_gdn_plugin.run.layer import make_layer_class
 
     layers = [make_layer(SHAPES["9B"]) for _ in range(2)]
     old = [StorageWeakRef(layer.in_proj_qkvz.weight.untyped_storage()) for layer in layers]
@@ -165,7 +165,7 @@ def test_not_planned_where(
 ) -> None:
     """From the facts as vLLM has them, without an engine: on a CPU vLLM itself refuses batch-invariant GDN layers."""
     from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.plan import plan
+    from vllm_gdn_plugin.decide.plan import plan
 
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
     layer = make_layer((HIDDEN, QKVZ, BA))
@@ -198,9 +198,9 @@ class Projection(torch.nn.Linear):  # type: ignore[misc,name-defined]
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     """Fused layers by the names that the op knows them by."""
-    import vllm_gdn_plugin.op  # noqa: F401
+    import vllm_gdn_plugin.run.dual_stream  # noqa: F401
     from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     torch.manual_seed(0)
     known: dict[Any, Any] = {}
@@ -332,7 +332,7 @@ def test_a_weight_written_in_place_is_seen(layers: dict[str, Any], warnings: lis
 def test_weights_are_left_alone_where_they_cannot_be_fused(
     layers: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin import fused
+    from vllm_gdn_plugin.run import fused
 
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("planted by the test")
@@ -376,7 +376,7 @@ def test_weights_are_left_alone_where_they_cannot_be_fused(
     ],
 )
 def test_what_rounding_and_padding_lose_is_shared(size: int, beyond: int, device: str, layers: int) -> None:
-    from vllm_gdn_plugin.fused import layers_per_allocation
+    from vllm_gdn_plugin.run.fused import layers_per_allocation
 
     assert layers_per_allocation(size, beyond, torch.device(device)) == layers
 
@@ -384,7 +384,7 @@ def test_what_rounding_and_padding_lose_is_shared(size: int, beyond: int, device
 @pytest.fixture
 def projections(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, Any]]:
     """`projections(qkvz)` makes a pair with weights of its own; three fused ones of a shape share an allocation."""
-    from vllm_gdn_plugin import fused
+    from vllm_gdn_plugin.run import fused
 
     monkeypatch.setattr(fused, "layers_per_allocation", lambda size, beyond, device: 3)
     monkeypatch.setattr(fused, "_latest", None)
@@ -416,7 +416,7 @@ def test_layers_share_an_allocation_and_none_is_kept_for_layers_that_never_came(
 ) -> None:
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     pairs = [projections() for _ in range(5)]
     fused = [FusedProjections(*pair) for pair in pairs]
@@ -443,7 +443,7 @@ def test_layers_share_an_allocation_and_none_is_kept_for_layers_that_never_came(
 
 
 def test_a_shape_has_allocations_of_its_own(projections: Callable[..., tuple[Any, Any]]) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     fused = [FusedProjections(*projections(qkvz)) for qkvz in (QKVZ, QKVZ, 2 * QKVZ, QKVZ)]
     fused.append(FusedProjections(*(linear.bfloat16() for linear in projections())))
@@ -463,7 +463,7 @@ def test_a_layer_whose_weight_the_loader_replaced_keeps_no_place(
 ) -> None:
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     pairs = [projections() for _ in range(3)]
     fused = [FusedProjections(*pair) for pair in pairs]
@@ -487,7 +487,7 @@ def test_layers_that_all_have_one_weight_replaced_or_deleted_keep_no_allocation(
 ) -> None:
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     pairs = [projections() for _ in range(3)]
     fused = [FusedProjections(*pair) for pair in pairs]
@@ -503,7 +503,7 @@ def test_layers_that_all_have_one_weight_replaced_or_deleted_keep_no_allocation(
 
 
 def test_a_layer_that_is_gone_keeps_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     fused = [FusedProjections(*projections()) for _ in range(3)]
     del fused[0]
@@ -526,7 +526,7 @@ def out_of_memory_for(patch: pytest.MonkeyPatch, *layers: int) -> None:
 def test_where_there_is_no_memory_to_give_room_back_it_is_kept(
     projections: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     fused = [FusedProjections(*projections()) for _ in range(2)]
     before = [(one.weight, one.weight.clone(), one.qkvz.weight.data_ptr()) for one in fused]
@@ -542,7 +542,7 @@ def test_where_there_is_no_memory_to_give_room_back_it_is_kept(
 def test_where_there_is_no_memory_for_several_layers_each_has_its_own(
     projections: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, fitting: int
 ) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     out_of_memory_for(monkeypatch, 3, *([] if fitting else [1]))
     if fitting:
@@ -557,7 +557,7 @@ def test_where_there_is_no_memory_for_several_layers_each_has_its_own(
 def test_a_layer_at_work_is_not_moved_though_no_loader_told_that_it_is_loaded(
     projections: Callable[..., tuple[Any, Any]],
 ) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     qkvz, ba = projections()
     at_work = FusedProjections(qkvz, ba)
@@ -569,7 +569,7 @@ def test_a_layer_at_work_is_not_moved_though_no_loader_told_that_it_is_loaded(
 
 
 def test_a_copy_takes_no_place(projections: Callable[..., tuple[Any, Any]]) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     one = FusedProjections(*projections())
     other = copy.deepcopy(one)
@@ -584,8 +584,8 @@ def test_a_copy_takes_no_place(projections: Callable[..., tuple[Any, Any]]) -> N
 def test_a_layer_that_is_loaded_is_not_moved(
     projections: Callable[..., tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    from vllm_gdn_plugin import fused as module
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run import fused as module
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     monkeypatch.setattr(module, "layers_per_allocation", lambda size, beyond, device: room)
     fused = [FusedProjections(*projections()) for _ in range(3)]
@@ -598,7 +598,7 @@ def test_a_layer_that_is_loaded_is_not_moved(
 
 
 def test_nothing_joins_an_allocation_that_loaders_have_left(projections: Callable[..., tuple[Any, Any]]) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     pair = projections()
     fused = FusedProjections(*pair)
@@ -618,7 +618,7 @@ BEYOND = max(ROWS_OF.values()) - ROWS_OF[ONE_GEMM]
 @pytest.fixture
 def padded(projections: Callable[..., tuple[Any, Any]]) -> Callable[[], Any]:
     """`padded()` is a layer that can be run in every padded way; three share an allocation."""
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     assert list(ROWS_OF) == [ONE_GEMM, *PADDED_TO]
 
@@ -638,7 +638,7 @@ def used(fused: Any, x: Any, way: str = ONE_GEMM) -> Any:
 def test_a_layer_has_the_ways_that_it_was_asked_for_and_always_fused(
     projections: Callable[..., tuple[Any, Any]],
 ) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     def rows(*ways: str) -> dict[str, int]:
         fused = FusedProjections(*projections(WIDE), ways)
@@ -707,7 +707,7 @@ def test_a_weight_that_more_rows_are_read_behind_is_never_stale_either(
 ) -> None:
     from vllm.utils.torch_utils import _encode_layer_name
 
-    import vllm_gdn_plugin.op  # noqa: F401
+    import vllm_gdn_plugin.run.dual_stream  # noqa: F401
     from vllm_gdn_plugin import host
 
     layer = padded()
@@ -747,7 +747,7 @@ def test_a_copied_layer_has_its_own_weights_and_no_allocation(padded: Callable[[
 
 
 def test_weights_repacked_before_the_first_call_are_noticed(make_layer: Callable[..., Layer]) -> None:
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     layer = make_layer(SHAPES["9B"])
     fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 from serving import MODEL_NAME, engine_env, serve
 
-from vllm_gdn_plugin.contract import GDN_CLASSES, layer_module
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES, layer_module
 
 MODULE, CLASS = next(iter(GDN_CLASSES.items()))
 VERSION = "0.34.0+cpu"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vllm_gdn_plugin.plan import PADDED_TO
+from vllm_gdn_plugin.decide.plan import PADDED_TO
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vllm isn't installed: run `python3.11 dev.py test`")
@@ -24,9 +24,9 @@ WIDE = 12344
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
     """`layers(n, qkvz, ways)` makes n layers with plain linear projections, known to the forward context by name."""
-    import vllm_gdn_plugin.op  # noqa: F401
+    import vllm_gdn_plugin.run.dual_stream  # noqa: F401
     from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     class Projection(torch.nn.Linear):
         output_size_per_partition = property(lambda linear: linear.out_features)
@@ -108,7 +108,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """`capturing()` has all calls from then on overlap, as on a GPU that captures a graph: what is done, in order."""
 
     def start() -> list[str]:
-        from vllm_gdn_plugin import op
+        from vllm_gdn_plugin.run import dual_stream as op
 
         done: list[str] = []
         names = cycle(("reached", "done"))
@@ -130,10 +130,10 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
 
 
 FAULTS: dict[str, tuple[str, str, str]] = {
-    "why_serial": ("dual_stream", "vllm_gdn_plugin.op.why_serial", "dual_stream failed and runs serially"),
-    "the stream": ("dual_stream", "vllm_gdn_plugin.op.aux_stream", "dual_stream failed and runs serially"),
+    "why_serial": ("dual_stream", "vllm_gdn_plugin.run.dual_stream.why_serial", "dual_stream failed and runs serially"),
+    "the stream": ("dual_stream", "vllm_gdn_plugin.run.dual_stream.aux_stream", "dual_stream failed and runs serially"),
     "the wait": ("dual_stream", "torch.cuda.stream", "dual_stream failed and runs serially"),
-    "the weights' place": ("fused", "vllm_gdn_plugin.fused._whereabouts", "a GDN layer goes back to serial"),
+    "the weights' place": ("fused", "vllm_gdn_plugin.run.fused._whereabouts", "a GDN layer goes back to serial"),
 }
 """A step of the plugin inside an op: the strategy, what fails, what is said."""
 
@@ -141,7 +141,7 @@ FAULTS: dict[str, tuple[str, str, str]] = {
 def call(strategy: str, name: str, x: Any) -> Any:
     """Both projections by the ops, without fused's padding."""
     from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.layer import project_in_one, project_side_by_side
+    from vllm_gdn_plugin.run.layer import project_in_one, project_side_by_side
 
     project = project_side_by_side if strategy == "dual_stream" else project_in_one
     return project(host.layer_by_name(name), x)
@@ -157,7 +157,7 @@ def test_a_fault_of_ours_in_an_op_is_serial_and_said_once(
     capturing: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     strategy, step, said = FAULTS[fault]
     names = layers(2)
@@ -189,7 +189,7 @@ def test_a_fault_of_ours_in_an_op_is_serial_and_said_once(
 def test_a_fused_layer_takes_two_gemms_only_in_a_graph_of_a_size_that_was_timed_so(
     layers: Callable[[int], list[str]], capturing: bool, tuned: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     (name,) = layers(1)
     layer = op.host.layer_by_name(name)
@@ -216,8 +216,8 @@ def test_a_padded_gemm_is_run_only_in_a_graph_of_a_size_that_was_timed_so(
     """The result is as wide in each case: it is one graph that vLLM compiles."""
     from vllm.utils.torch_utils import _encode_layer_name
 
-    from vllm_gdn_plugin import op
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run import dual_stream as op
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     (name,) = layers(1, WIDE, PADDED_TO)
     layer = op.host.layer_by_name(name)
@@ -242,8 +242,8 @@ def test_a_padded_gemm_is_run_only_in_a_graph_of_a_size_that_was_timed_so(
 def test_side_by_side_unless_this_very_size_was_timed_as_slower(
     layers: Callable[[int], list[str]], tuned: dict[int, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin import op
-    from vllm_gdn_plugin.overlap import StaysSerial
+    from vllm_gdn_plugin.decide.scratch import StaysSerial
+    from vllm_gdn_plugin.run import dual_stream as op
 
     (name,) = layers(1)
     layer = op.host.layer_by_name(name)
@@ -277,7 +277,7 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """``in_proj_ba`` is enqueued on the auxiliary stream, after ``in_proj_qkvz``, and fork and join are around both."""
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     (name,) = layers(1)
     layer = op.host.layer_by_name(name)
@@ -301,7 +301,7 @@ def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_ov
 def test_a_narrow_kernel_that_fails_is_replaced_by_the_projection_and_said_once(
     layers: Callable[[int], list[str]], warnings: list[str], narrow: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     (name,) = layers(1)
     layer = op.host.layer_by_name(name)
@@ -326,7 +326,7 @@ def test_what_a_projection_raises_is_the_host_s(
     layers: Callable[[int], list[str]], warnings: list[str], strategy: str, fault: str | None, projection: str
 ) -> None:
     """The very error, also where a step of ours fails besides; the next call is right again."""
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     (name,) = layers(1)
     linear = getattr(op.host.layer_by_name(name), projection)
@@ -442,8 +442,8 @@ def test_the_compiler_leaves_each_projection_between_fork_and_join(
     the same size, which could be put in its place."""
     from torch._inductor.utils import fresh_cache
 
-    from vllm_gdn_plugin import op
-    from vllm_gdn_plugin.layer import project_side_by_side
+    from vllm_gdn_plugin.run import dual_stream as op
+    from vllm_gdn_plugin.run.layer import project_side_by_side
 
     known = [op.host.layer_by_name(name) for name in layers(blocks)]
     for layer in known:
@@ -475,8 +475,8 @@ def test_the_compiler_leaves_each_projection_between_fork_and_join(
 def test_the_join_depends_on_both_that_must_come_before(layers: Callable[[int], list[str]]) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from vllm_gdn_plugin import op
-    from vllm_gdn_plugin.layer import project_side_by_side
+    from vllm_gdn_plugin.run import dual_stream as op
+    from vllm_gdn_plugin.run.layer import project_side_by_side
 
     (name,) = layers(1)
     graph = make_fx(partial(project_side_by_side, op.host.layer_by_name(name)))(torch.randn(TOKENS, HIDDEN)).graph
@@ -506,7 +506,7 @@ def distinct_pieces(known: list[Any], encode: Callable[[str], Any]) -> int:
     """
     from vllm.compilation.backends import split_graph
 
-    from vllm_gdn_plugin import layer as layer_module
+    from vllm_gdn_plugin.run import layer as layer_module
 
     def stack(x: Any) -> Any:
         for layer in known:
@@ -538,7 +538,7 @@ def test_layers_share_their_artifacts(layers: Callable[[int], list[str]]) -> Non
     """Constant in the number of layers with a LayerName, growing with a string: the regression of vLLM #36795."""
     from vllm.utils.torch_utils import _encode_layer_name
 
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     known = [op.host.layer_by_name(name) for name in layers(8)]
     counts = {n: [distinct_pieces(known[:n], encode) for encode in (_encode_layer_name, str)] for n in (4, 8)}
@@ -561,7 +561,7 @@ class Stopwatch:
 @pytest.fixture
 def timing(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module that times, on a CPU."""
-    from vllm_gdn_plugin import ways
+    from vllm_gdn_plugin.tune import ways
 
     monkeypatch.setattr(ways, "CudaTimer", Stopwatch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -573,8 +573,8 @@ def timing(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def case_planned(strategy: str) -> Any:
-    from vllm_gdn_plugin.plan import ProjectionFacts
-    from vllm_gdn_plugin.tuning import Case
+    from vllm_gdn_plugin.decide.plan import ProjectionFacts
+    from vllm_gdn_plugin.tune.times import Case
 
     one = ProjectionFacts("UnquantizedLinearMethod", "float32", 1)
     return Case("a GPU", "", "", "", "", HIDDEN, one, one, "", False, (strategy, "serial"))
@@ -584,7 +584,7 @@ def case_planned(strategy: str) -> Any:
 def test_what_is_timed_is_as_many_layers_as_a_graph_needs_each_at_other_addresses(
     layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch, planned: str, turns: int
 ) -> None:
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     made = [op.host.layer_by_name(name) for name in layers(6)]
     ran: list[tuple[Any, int]] = []
@@ -608,7 +608,7 @@ def test_what_is_timed_is_as_many_layers_as_a_graph_needs_each_at_other_addresse
 def test_so_many_layers_are_timed_that_a_large_cache_does_not_hold_them(
     layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch, count: int, fills: int, turns: int
 ) -> None:
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     made = [op.host.layer_by_name(name) for name in layers(count)]
     size = made[0].in_proj_qkvz.weight.nbytes
@@ -625,7 +625,7 @@ def test_so_many_layers_are_timed_that_a_large_cache_does_not_hold_them(
 def test_timing_that_fails_gives_back_its_memory(
     layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     class Graph:
         """What is captured, and takes memory as long as anything refers to it."""

@@ -92,7 +92,9 @@ def _count_op_calls(host: Any) -> None:
 
 
 def _pad() -> None:
-    from vllm_gdn_plugin import fused, op, plan
+    from vllm_gdn_plugin.decide import plan
+    from vllm_gdn_plugin.run import dual_stream as op
+    from vllm_gdn_plugin.run import fused
 
     FusedProjections = fused.FusedProjections
 
@@ -143,12 +145,12 @@ def _break_from(call: int, module: str, path: str) -> Any:
 
 
 def _break_layer_module() -> None:
-    sys.modules["vllm_gdn_plugin.layer"] = None  # type: ignore[assignment]
+    sys.modules["vllm_gdn_plugin.run.layer"] = None  # type: ignore[assignment]
 
 
 def _break_contract() -> None:
     from vllm_gdn_plugin import install
-    from vllm_gdn_plugin.contract import Contract
+    from vllm_gdn_plugin.decide.contract import Contract
 
     install.check_contract = lambda package: Contract(None, None, ("planted breach",))
 
@@ -195,19 +197,19 @@ BREAKS = {
         )
     },
     "plan": _break_from(0, "vllm_gdn_plugin.install", "plan"),
-    "fused weights": _break_from(0, "vllm_gdn_plugin.fused", "FusedProjections.__init__"),
-    "fused is loaded": _break_from(0, "vllm_gdn_plugin.fused", "FusedProjections.is_loaded"),
+    "fused weights": _break_from(0, "vllm_gdn_plugin.run.fused", "FusedProjections.__init__"),
+    "fused is loaded": _break_from(0, "vllm_gdn_plugin.run.fused", "FusedProjections.is_loaded"),
     "report": _break_from(0, "vllm_gdn_plugin.report", "Ledger.finish"),
-    "op, first call": _break_from(0, "vllm_gdn_plugin.overlap", "stays_serial"),
-    "op, later call": _break_from(10, "vllm_gdn_plugin.overlap", "stays_serial"),
-    "fused op, first call": _break_from(0, "vllm_gdn_plugin.fused", "FusedProjections._packed_weights"),
-    "fused op, later call": _break_from(10, "vllm_gdn_plugin.fused", "FusedProjections._packed_weights"),
+    "op, first call": _break_from(0, "vllm_gdn_plugin.decide.scratch", "stays_serial"),
+    "op, later call": _break_from(10, "vllm_gdn_plugin.decide.scratch", "stays_serial"),
+    "fused op, first call": _break_from(0, "vllm_gdn_plugin.run.fused", "FusedProjections._packed_weights"),
+    "fused op, later call": _break_from(10, "vllm_gdn_plugin.run.fused", "FusedProjections._packed_weights"),
     "projection": lambda: None,  # see _count_op_calls
 }
 
 
 def _negate_ba() -> None:
-    from vllm_gdn_plugin.layer import ProjectedLayer
+    from vllm_gdn_plugin.run.layer import ProjectedLayer
 
     right = ProjectedLayer.in_proj_ba
 

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from switch_plugin import switch_plugin
 
-from vllm_gdn_plugin import plan
 from vllm_gdn_plugin.bench.engine.variants import NAME, PLUGINS, STRATEGY
+from vllm_gdn_plugin.decide import plan
 
 SETTINGS = {
     "stock": {PLUGINS: ""},
@@ -54,7 +54,7 @@ def watch_joins() -> set[str]:
     captures one that had no fork."""
     import torch
 
-    from vllm_gdn_plugin import op
+    from vllm_gdn_plugin.run import dual_stream as op
 
     seen: set[str] = set()
     join = op.join
@@ -73,7 +73,8 @@ def take(preferred: list[str]) -> list[tuple[str, int]]:
     the last engine's."""
     import torch
 
-    from vllm_gdn_plugin import fused, narrow, tuning
+    from vllm_gdn_plugin.run import fused, narrow
+    from vllm_gdn_plugin.tune import times as tuning
 
     plan.MOST_PADDING = 1.0  # a tiny model's rows are few
     captured: list[tuple[str, int]] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from gpu_layers import SHAPES, TOKENS
 
-from vllm_gdn_plugin.plan import NARROW_KERNEL
+from vllm_gdn_plugin.decide.plan import NARROW_KERNEL
 
 
 def quantized(name: str) -> Any:
@@ -42,7 +42,7 @@ def context(vllm_config: Any) -> AbstractContextManager[None]:
 
 def op(layer: Any, hidden_states: Any) -> Any:
     """Both projections, as the plugin's layer has them computed."""
-    from vllm_gdn_plugin.layer import project_side_by_side
+    from vllm_gdn_plugin.run.layer import project_side_by_side
 
     return project_side_by_side(layer, hidden_states)
 
@@ -212,7 +212,7 @@ REPLAYS = 100_000
 
 def reference_for(layer: Any, hidden_states: Any) -> Any:
     """What the ops must give, bit for bit, on one stream."""
-    from vllm_gdn_plugin import narrow
+    from vllm_gdn_plugin.run import narrow
 
     qkvz, ba = serial(layer, hidden_states)
     if layer.gdn_tuned.get(len(hidden_states)) == NARROW_KERNEL:
@@ -228,7 +228,7 @@ def test_many_replays_with_other_work_on_the_auxiliary_stream(
     import torch
     from vllm.utils.torch_utils import aux_stream
 
-    from vllm_gdn_plugin import narrow
+    from vllm_gdn_plugin.run import narrow
 
     layer = make_layer(SHAPES["35B-A3B"], torch.bfloat16, quantized(kind.partition(" ")[0]))
     if NARROW_KERNEL in kind:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from quantize import quantize
 
-from vllm_gdn_plugin.plan import NARROW_KERNEL, PADDED_TO
+from vllm_gdn_plugin.decide.plan import NARROW_KERNEL, PADDED_TO
 
 HERE = Path(__file__).parent
 TINY_MODEL = HERE.parents[1] / "examples" / "tiny_model.py"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from gpu_layers import SHAPES, TOKENS
 
-from vllm_gdn_plugin.plan import FUSED, PADDED_TO
+from vllm_gdn_plugin.decide.plan import FUSED, PADDED_TO
 
 TOLERANCE = 1.05
 """The error against float64 may be at most this many times that of the two separate projections."""
@@ -22,7 +22,7 @@ ROUNDED_TO = 2 * 2**20
 def test_as_exact_as_serial(make_layer: Callable[..., Any], model: str, tensor_parallel_size: int) -> None:
     import torch
 
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     hidden, qkvz, ba = SHAPES[model]
     sizes = [qkvz // tensor_parallel_size, ba // tensor_parallel_size]
@@ -55,7 +55,7 @@ def test_takes_hardly_more_memory_than_the_two_weights(
     """Also of the GPU's: vLLM loads with an allocator that does not split what is left by rounding."""
     import torch
 
-    from vllm_gdn_plugin.fused import FusedProjections, release_replaced
+    from vllm_gdn_plugin.run.fused import FusedProjections, release_replaced
 
     def held() -> int:
         gc.collect()
@@ -87,7 +87,7 @@ def test_leaves_no_gaps_between_the_weights_of_a_model(vllm_config: Any) -> None
     """Other layers' weights, a little smaller, are not laid into the place of a weight that was replaced."""
     import torch
 
-    from vllm_gdn_plugin.fused import FusedProjections, release_replaced
+    from vllm_gdn_plugin.run.fused import FusedProjections, release_replaced
 
     hidden, qkvz, ba = SHAPES["27B"]
 
@@ -114,7 +114,7 @@ def test_leaves_no_gaps_between_the_weights_of_a_model(vllm_config: Any) -> None
 def test_a_weight_written_in_place_is_seen_and_a_moved_one_is_noticed(make_layer: Callable[..., Any]) -> None:
     import torch
 
-    from vllm_gdn_plugin.fused import FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedProjections
 
     layer = make_layer(SHAPES["9B"])
     fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba)

@@ -7,7 +7,7 @@ import pytest
 from gpu_layers import SHAPES
 from test_dual_stream import capture, context, op, quantized, same_bits, serial
 
-from vllm_gdn_plugin.plan import NARROW_KERNEL, NARROW_KERNEL_MAX_TOKENS
+from vllm_gdn_plugin.decide.plan import NARROW_KERNEL, NARROW_KERNEL_MAX_TOKENS
 
 TOLERANCE = 1.001
 """Times cuBLAS's error against float64: two ways to add in float32 round a 16-bit output differently near a tie."""
@@ -20,7 +20,7 @@ TOKENS = (1, 2, 3, 4, 5, 7, NARROW_KERNEL_MAX_TOKENS, 13)
 def test_as_exact_as_cublas_and_the_same_bits_at_every_call(model: str, tensor_parallel_size: int, dtype: str) -> None:
     import torch
 
-    from vllm_gdn_plugin import narrow
+    from vllm_gdn_plugin.run import narrow
 
     hidden, _, ba = SHAPES[model]
     torch.manual_seed(0)
@@ -41,7 +41,7 @@ def test_as_exact_as_cublas_and_the_same_bits_at_every_call(model: str, tensor_p
 def test_a_row_that_is_no_whole_number_of_blocks(hidden: int) -> None:
     import torch
 
-    from vllm_gdn_plugin import narrow
+    from vllm_gdn_plugin.run import narrow
 
     weight = torch.randn(7, hidden, device="cuda", dtype=torch.bfloat16)
     beyond = torch.full((1 << 16,), float("nan"), device="cuda", dtype=torch.bfloat16)  # what may lie behind a row
@@ -53,7 +53,7 @@ def test_a_row_that_is_no_whole_number_of_blocks(hidden: int) -> None:
 def test_what_does_not_fit() -> None:
     import torch
 
-    from vllm_gdn_plugin import narrow
+    from vllm_gdn_plugin.run import narrow
 
     weight, x = (torch.zeros(n, 2048, device="cuda", dtype=torch.bfloat16) for n in (64, 4))
     odd = torch.zeros(4 * 2048 + 1, device="cuda", dtype=torch.bfloat16)[1:].view(4, 2048)
@@ -77,7 +77,7 @@ def test_the_op_takes_it_in_a_graph_of_a_size_that_was_timed_so(
     """Nothing is compiled within the capture, and in_proj_qkvz is stock's, bit for bit."""
     import torch
 
-    from vllm_gdn_plugin import narrow
+    from vllm_gdn_plugin.run import narrow
 
     layer = make_layer(SHAPES["35B-A3B"], torch.bfloat16, quantized(kind))
     layer.gdn_tuned = dict.fromkeys(TOKENS, NARROW_KERNEL)

@@ -8,7 +8,7 @@ import pytest
 from gpu_layers import SHAPES
 from test_dual_stream import capture, context, quantized
 
-from vllm_gdn_plugin.plan import (
+from vllm_gdn_plugin.decide.plan import (
     DUAL_STREAM,
     FUSED,
     NARROW_KERNEL,
@@ -40,7 +40,7 @@ def make_layers(make_layer: Callable[..., Any]) -> Callable[..., list[Any]]:
     """As many layers of a shape as asked for, fused or not as ``auto`` plans them."""
 
     def make(count: int, shape: tuple[int, int, int], quantization: str = "none") -> list[Any]:
-        from vllm_gdn_plugin.fused import FusedProjections
+        from vllm_gdn_plugin.run.fused import FusedProjections
 
         layers = [make_layer(shape, quant_config=quantized(quantization)) for _ in range(count)]
         for layer in layers:
@@ -56,7 +56,7 @@ def fused_op(layer: Any, hidden_states: Any) -> Any:
     import torch
     from vllm.utils.torch_utils import _encode_layer_name
 
-    import vllm_gdn_plugin.op  # noqa: F401
+    import vllm_gdn_plugin.run.dual_stream  # noqa: F401
 
     fused = layer.gdn_fused
     return torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(
@@ -111,7 +111,7 @@ def test_the_tuner_times_chooses_and_remembers(
     from vllm.utils import torch_utils
 
     from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.tuning import Tuner
+    from vllm_gdn_plugin.tune.times import Tuner
 
     monkeypatch.setattr(host, "tuning_directory", lambda: tmp_path)
     monkeypatch.setattr(vllm_config.compilation_config, "cudagraph_capture_sizes", SIZES)
@@ -147,8 +147,9 @@ def test_the_tuner_times_chooses_and_remembers(
 def test_times_stand_though_the_memory_cannot_be_given_back(
     make_layers: Callable[..., list[Any]], vllm_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin import host, ways
-    from vllm_gdn_plugin.tuning import case_of
+    from vllm_gdn_plugin import host
+    from vllm_gdn_plugin.tune import ways
+    from vllm_gdn_plugin.tune.times import case_of
 
     def fail() -> None:
         raise ZeroDivisionError("planted")
@@ -169,8 +170,10 @@ def test_times_stand_though_the_memory_cannot_be_given_back(
 def test_a_narrow_kernel_that_fails_is_not_timed_as_what_stands_in_for_it(
     make_layers: Callable[..., list[Any]], vllm_config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin import host, narrow, ways
-    from vllm_gdn_plugin.tuning import case_of
+    from vllm_gdn_plugin import host
+    from vllm_gdn_plugin.run import narrow
+    from vllm_gdn_plugin.tune import ways
+    from vllm_gdn_plugin.tune.times import case_of
 
     def fail(*args: Any) -> Any:
         raise ZeroDivisionError("planted")
@@ -186,8 +189,8 @@ def test_dual_stream_that_was_timed_as_slower_runs_serially_in_a_graph(
 ) -> None:
     import torch
 
-    from vllm_gdn_plugin.op import why_serial
-    from vllm_gdn_plugin.overlap import StaysSerial
+    from vllm_gdn_plugin.decide.scratch import StaysSerial
+    from vllm_gdn_plugin.run.dual_stream import why_serial
 
     (layer,) = make_layers(1, SHAPES["35B-A3B"], "fp8")
     layer.gdn_tuned = {4: SERIAL, 8: DUAL_STREAM}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vllm_gdn_plugin.contract import GDN_CLASSES
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 
 GDN, OLD_GDN = GDN_CLASSES
 
@@ -338,7 +338,7 @@ class Plugin:
 
     @staticmethod
     def _stub_layer() -> ModuleType:
-        """``vllm_gdn_plugin.layer`` without torch: a subclass that is adopted and runs the stock forward."""
+        """``vllm_gdn_plugin.run.layer`` without torch: a subclass that is adopted and runs the stock forward."""
 
         def make_layer_class(stock: Any, adopt: Any) -> Any:
             class Replacement(stock):  # type: ignore[misc]
@@ -350,7 +350,7 @@ class Plugin:
 
             return Replacement
 
-        module = ModuleType("vllm_gdn_plugin.layer")
+        module = ModuleType("vllm_gdn_plugin.run.layer")
         module.make_layer_class = make_layer_class  # type: ignore[attr-defined]
         sys.modules[module.__name__] = module
         return module

@@ -15,8 +15,8 @@ from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 from vllm_gdn_plugin.bench.report import load
 from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, distinct, preset_shapes, shape_of_model, shape_of_text
-from vllm_gdn_plugin.cli import main
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, ROW_ALIGNMENT, SERIAL
+from vllm_gdn_plugin.cli.main import main
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, ROW_ALIGNMENT, SERIAL
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -252,7 +252,7 @@ def test_the_narrow_kernel_may_round_otherwise_in_its_own_projection_alone(compu
 def test_what_a_step_frees_is_elsewhere_in_the_next_layer() -> None:
     import torch
 
-    from vllm_gdn_plugin.timing import one_after_the_other
+    from vllm_gdn_plugin.tune.timer import one_after_the_other
 
     addresses = []
 
@@ -266,7 +266,7 @@ def test_what_a_step_frees_is_elsewhere_in_the_next_layer() -> None:
 
 @needs_torch
 def test_every_round_has_every_strategy_and_the_order_changes() -> None:
-    from vllm_gdn_plugin.timing import interleaved
+    from vllm_gdn_plugin.tune.timer import interleaved
 
     orders = interleaved(list("abcd"), 20)
     assert all(sorted(order) == list("abcd") for order in orders)
@@ -638,7 +638,7 @@ def test_a_file_that_is_no_run(bench: Bench, tmp_path: Path) -> None:
 def test_check_stays_light() -> None:
     code = """if True:
         import sys
-        from vllm_gdn_plugin.cli import main
+        from vllm_gdn_plugin.cli.main import main
         try:
             main(["check", "--help"])
         except SystemExit:

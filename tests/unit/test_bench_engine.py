@@ -18,7 +18,7 @@ from vllm_gdn_plugin.bench.engine.variants import OFF, plugins_without_ours, req
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 from vllm_gdn_plugin.bench.report import load, write_report
 from vllm_gdn_plugin.bench.results import Machine
-from vllm_gdn_plugin.cli import main
+from vllm_gdn_plugin.cli.main import main
 
 MACHINE = Machine("cpu", "a processor", "3.11.0", "0.1.0", "2.13.0", vllm="0.32.0")
 

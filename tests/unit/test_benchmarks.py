@@ -459,8 +459,8 @@ def test_an_fp8_model_is_mixed_as_the_official_ones(tmp_path: Path) -> None:
     """Read as `check` reads it, and skipped as vLLM does, which wants each part of a merged projection by name."""
     from gpu_models import make_model
 
-    from vllm_gdn_plugin.checkpoint import read_groups
-    from vllm_gdn_plugin.plan import AUTO, DUAL_STREAM
+    from vllm_gdn_plugin.decide.checkpoint import read_groups
+    from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM
 
     make_model("tiny", tmp_path, layers=8, quantization="fp8")
     (group,) = read_groups(str(tmp_path), 1, "cuda", AUTO)
@@ -476,8 +476,8 @@ def test_an_fp8_model_is_mixed_as_the_official_ones(tmp_path: Path) -> None:
 def test_a_model_with_scales_by_token_is_mixed_too(tmp_path: Path) -> None:
     from gpu_models import make_model
 
-    from vllm_gdn_plugin.checkpoint import read_groups
-    from vllm_gdn_plugin.plan import AUTO, DUAL_STREAM
+    from vllm_gdn_plugin.decide.checkpoint import read_groups
+    from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM
 
     make_model("tiny", tmp_path, layers=8, quantization="fp8-per-token")
     (group,) = read_groups(str(tmp_path), 1, "cuda", AUTO)
@@ -490,8 +490,8 @@ def test_a_model_with_scales_by_token_is_mixed_too(tmp_path: Path) -> None:
 def test_an_awq_model_leaves_its_gdn_layers_in_the_models_dtype(tmp_path: Path) -> None:
     from gpu_models import make_model
 
-    from vllm_gdn_plugin.checkpoint import read_groups
-    from vllm_gdn_plugin.plan import AUTO, FUSED
+    from vllm_gdn_plugin.decide.checkpoint import read_groups
+    from vllm_gdn_plugin.decide.plan import AUTO, FUSED
 
     make_model("tiny", tmp_path, layers=8, quantization="awq")
     (group,) = read_groups(str(tmp_path), 1, "cuda", AUTO)

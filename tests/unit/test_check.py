@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 import vllm_gdn_plugin
-from vllm_gdn_plugin.check import GROUP, NAME
-from vllm_gdn_plugin.cli import main
-from vllm_gdn_plugin.contract import GDN_CLASSES, Contract
-from vllm_gdn_plugin.decision import refusal
+from vllm_gdn_plugin.cli.check import GROUP, NAME
+from vllm_gdn_plugin.cli.main import main
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES, Contract
+from vllm_gdn_plugin.decide.decision import refusal
 from vllm_gdn_plugin.settings import describe
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 

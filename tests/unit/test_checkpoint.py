@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.check import Report, check_elsewhere, with_model
-from vllm_gdn_plugin.checkpoint import Unreadable, digest, read_groups
-from vllm_gdn_plugin.plan import PADDED_TO
-from vllm_gdn_plugin.tuning import case_of, keep, without_narrow_kernel
+from vllm_gdn_plugin.cli.check import Report, check_elsewhere, with_model
+from vllm_gdn_plugin.decide.checkpoint import Unreadable, digest, read_groups
+from vllm_gdn_plugin.decide.plan import PADDED_TO
+from vllm_gdn_plugin.tune.times import case_of, keep, without_narrow_kernel
 
 TEXT = {
     "model_type": "qwen3_5_text",

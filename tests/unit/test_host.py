@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from vllm_gdn_plugin.checkpoint import digest
+from vllm_gdn_plugin.decide.checkpoint import digest
 
 GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import install
-from vllm_gdn_plugin.contract import GDN_CLASSES
-from vllm_gdn_plugin.plan import PADDED_TO
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+from vllm_gdn_plugin.decide.plan import PADDED_TO
 from vllm_gdn_plugin.report import Ledger
 from vllm_gdn_plugin.settings import Settings, variable
 
@@ -46,7 +46,7 @@ def levels(plugin: Any) -> list[str]:
 
 
 def test_importing_the_package_imports_no_host() -> None:
-    command = "import sys, vllm_gdn_plugin.cli as c; print(sorted({'torch', 'vllm', 'numpy'} & set(sys.modules)))"
+    command = "import sys, vllm_gdn_plugin.cli.main as c; print(sorted({'torch', 'vllm', 'numpy'} & set(sys.modules)))"
     env = os.environ | {"PYTHONPATH": str(Path(vllm_gdn_plugin.__file__).parents[1])}
     result = subprocess.run([sys.executable, "-c", command], env=env, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -294,7 +294,7 @@ FAILING_STEPS = {
         lambda p, m: m.delattr(p.vllm("model_executor.custom_op"), "op_registry_oot"),
         "ImportError: cannot import name 'op_registry_oot'",
     ),
-    "the layer module": (lambda p, m: m.setitem(sys.modules, "vllm_gdn_plugin.layer", None), "ModuleNotFoundError"),
+    "the layer module": (lambda p, m: m.setitem(sys.modules, "vllm_gdn_plugin.run.layer", None), "ModuleNotFoundError"),
     "make_layer_class": (lambda p, m: m.setattr(p.layer, "make_layer_class", boom), "ZeroDivisionError: boom"),
     "replace": (
         lambda p, m: m.setattr(p.vllm("model_executor.custom_op").PluggableLayer, "register_oot", boom),
@@ -465,7 +465,7 @@ def weights_to_fuse(plugin: Any) -> None:
         ("class Merged", "class Weight:\n    device = 'cuda:0'\n\n\nclass Merged"),
         ("        self.quant_method", "        self.weight = Weight()\n        self.quant_method"),
     )
-    fused = ModuleType("vllm_gdn_plugin.fused")
+    fused = ModuleType("vllm_gdn_plugin.run.fused")
     fused.FusedProjections = lambda qkvz, ba, ways: SimpleNamespace(  # type: ignore[attr-defined]
         both=(qkvz, ba), ways=ways, padding=448 if ways else 8
     )

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_gdn_plugin.overlap import (
+from vllm_gdn_plugin.decide.scratch import (
     UNQUANTIZED,
     WIDE_METHODS_BESIDE_UNQUANTIZED,
     StaysSerial,

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_gdn_plugin.overlap import UNQUANTIZED
-from vllm_gdn_plugin.plan import (
+from vllm_gdn_plugin.decide.plan import (
     AUTO,
     DUAL_STREAM,
     FUSED,
@@ -29,6 +28,7 @@ from vllm_gdn_plugin.plan import (
     platform_plan,
     rows_by_way,
 )
+from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
 
 BA = ProjectionFacts(UNQUANTIZED, "bfloat16", 64)
 FP8 = ProjectionFacts("Fp8LinearMethod", "bfloat16", 12288)

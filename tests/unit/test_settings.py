@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_gdn_plugin.plan import REQUESTS
+from vllm_gdn_plugin.decide.plan import REQUESTS
 from vllm_gdn_plugin.settings import Settings, describe, read_settings, variable
 
 NAMES = [f.name for f in fields(Settings)]

@@ -16,12 +16,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vllm_gdn_plugin
-from vllm_gdn_plugin import host, tuning
-from vllm_gdn_plugin.checkpoint import digest
-from vllm_gdn_plugin.overlap import UNQUANTIZED
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL, LayerFacts, ProjectionFacts
-from vllm_gdn_plugin.plan import NARROW_KERNEL_MAX_TOKENS as MOST
-from vllm_gdn_plugin.tuning import (
+from vllm_gdn_plugin import host
+from vllm_gdn_plugin.decide.checkpoint import digest
+from vllm_gdn_plugin.decide.plan import (
+    DUAL_STREAM,
+    FUSED,
+    NARROW_KERNEL,
+    PADDED_TO,
+    SERIAL,
+    LayerFacts,
+    ProjectionFacts,
+)
+from vllm_gdn_plugin.decide.plan import NARROW_KERNEL_MAX_TOKENS as MOST
+from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
+from vllm_gdn_plugin.tune import times as tuning
+from vllm_gdn_plugin.tune.times import (
     NOISE,
     TWO_STREAMS,
     Case,
@@ -221,11 +230,11 @@ class Engine:
         self.said: list[tuple[str, str]] = []
         self.prepared = 0
         self.tuner = Tuner()
-        ways = ModuleType("vllm_gdn_plugin.ways")
+        ways = ModuleType("vllm_gdn_plugin.tune.ways")
         ways.timed = self._time  # type: ignore[attr-defined]
         torch = ModuleType("torch")
         torch.__version__ = "2.11.0"  # type: ignore[attr-defined]
-        narrow = ModuleType("vllm_gdn_plugin.narrow")
+        narrow = ModuleType("vllm_gdn_plugin.run.narrow")
         self.prepared_for: list[Any] = []
         self.kernel_fails = False
         narrow.prepare = self._prepare  # type: ignore[attr-defined]
@@ -308,7 +317,7 @@ def test_one_gemm_padded_is_chosen_and_kept_like_any_way(engine: Engine) -> None
 
 
 def test_what_cannot_be_timed_in_its_time_stays_planned(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vllm_gdn_plugin.ways"], "timed", lambda *case: {1: engine.takes})
+    monkeypatch.setattr(sys.modules["vllm_gdn_plugin.tune.ways"], "timed", lambda *case: {1: engine.takes})
     layers = engine.layers(2)
     engine.tuner.run(layers[-1])
     assert layers[0].gdn_tuned == {1: DUAL_STREAM}
@@ -386,13 +395,13 @@ def test_a_narrow_kernel_that_runs_no_longer_is_not_taken_by_its_times(engine: E
 def test_the_auxiliary_stream_is_prepared_after_the_last_case_was_timed(engine: Engine) -> None:
     """The first case takes two streams, and timing the second one, which does not, gives their workspace back."""
     first, second = engine.layers(2), engine.layers(2, MIXED_FACTS)
-    time = sys.modules["vllm_gdn_plugin.ways"].timed
+    time = sys.modules["vllm_gdn_plugin.tune.ways"].timed
 
     def timed(layers: list[Any], case: Case, sizes: list[int]) -> Times:
         engine.takes = at(3, 2, 4) if case.ways == ALL else {DUAL_STREAM: 3, NARROW_KERNEL: 3, SERIAL: 2}
         return time(layers, case, sizes)  # type: ignore[no-any-return]
 
-    sys.modules["vllm_gdn_plugin.ways"].timed = timed  # type: ignore[attr-defined]
+    sys.modules["vllm_gdn_plugin.tune.ways"].timed = timed  # type: ignore[attr-defined]
     engine.tuner.run(second[-1])
     assert [layers[0].gdn_tuned[1] for layers in (first, second)] == [DUAL_STREAM, SERIAL]
     assert engine.prepared == 1
@@ -454,7 +463,7 @@ def test_whatever_fails_the_plan_stands_and_a_line_says_why(
     def fail(*args: Any) -> Any:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(sys.modules["vllm_gdn_plugin.ways"] if step == "timed" else host, step, fail)
+    monkeypatch.setattr(sys.modules["vllm_gdn_plugin.tune.ways"] if step == "timed" else host, step, fail)
     layers = engine.layers(2)
     assert engine.tuner.add(layers[-1], FACTS) == (() if step in ("captured_sizes", "gpu") else ALL)
     assert engine.tuner.run(layers[-1]) == ""

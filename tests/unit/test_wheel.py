@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from vllm_gdn_plugin.check import GROUP, NAME
+from vllm_gdn_plugin.cli.check import GROUP, NAME
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE
 
 ROOT = Path(__file__).parents[2]
@@ -82,5 +82,5 @@ def test_vllm_finds_the_plugin_and_the_shell_the_command(wheel: zipfile.ZipFile)
     points.read_string(wheel.read(name).decode())
     assert {section: dict(points[section]) for section in points.sections()} == {
         GROUP: {NAME: "vllm_gdn_plugin:register"},
-        "console_scripts": {"vllm-gdn-plugin": "vllm_gdn_plugin.cli:main"},
+        "console_scripts": {"vllm-gdn-plugin": "vllm_gdn_plugin.cli.main:main"},
     }

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 from vllm_gdn_plugin.bench.results import QKVZ, Point, Run
 from vllm_gdn_plugin.bench.stats import ratios, summary
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, SERIAL
 
 STYLES = {
     DUAL_STREAM: ("tab:blue", "-"),

@@ -15,7 +15,7 @@ from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
 from vllm_gdn_plugin.bench.verify import Outputs, verify
-from vllm_gdn_plugin.timing import CudaTimer, apart, one_after_the_other
+from vllm_gdn_plugin.tune.timer import CudaTimer, apart, one_after_the_other
 
 SEED = 0
 

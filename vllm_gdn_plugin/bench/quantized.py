@@ -16,7 +16,7 @@ from vllm_gdn_plugin.bench.errors import BadInput
 from vllm_gdn_plugin.bench.results import QKVZ
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections, random_weight
-from vllm_gdn_plugin.plan import DUAL_STREAM, NARROW_KERNEL, SERIAL
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, NARROW_KERNEL, SERIAL
 
 BLOCK = 128
 """Rows and columns that share one scale."""

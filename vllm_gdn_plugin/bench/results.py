@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_gdn_plugin.bench.errors import BadInput
 from vllm_gdn_plugin.bench.shapes import Shape
-from vllm_gdn_plugin.plan import SERIAL
+from vllm_gdn_plugin.decide.plan import SERIAL
 
 QKVZ = "qkvz"
 """``in_proj_qkvz`` alone: no strategy, but the limit of what hiding ``in_proj_ba`` can gain."""

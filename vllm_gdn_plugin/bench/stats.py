@@ -8,7 +8,7 @@ import numpy as np
 from scipy.stats import bootstrap, quantile_test, ttest_1samp
 
 from vllm_gdn_plugin.bench.results import QKVZ
-from vllm_gdn_plugin.plan import SERIAL
+from vllm_gdn_plugin.decide.plan import SERIAL
 
 CONFIDENCE = 0.95
 SPREAD = (5, 95)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from vllm_gdn_plugin.bench.results import QKVZ
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.verify import Outputs
-from vllm_gdn_plugin.fused import FusedProjections
-from vllm_gdn_plugin.plan import DUAL_STREAM, NARROW_KERNEL, PADDED_TO, SERIAL, choices_at
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, NARROW_KERNEL, PADDED_TO, SERIAL, choices_at
+from vllm_gdn_plugin.run.fused import FusedProjections
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Step = Callable[["Projections", torch.Tensor], Outputs]
@@ -115,7 +115,7 @@ def dual_stream(aux_stream: Any | None, ba_first: bool = False) -> Step:
 
 def narrow_kernel(aux_stream: Any | None) -> Step:
     """Side by side, in_proj_ba with the plugin's own kernel."""
-    from vllm_gdn_plugin import narrow
+    from vllm_gdn_plugin.run import narrow
 
     step = dual_stream(aux_stream)
     return lambda layer, x: step(replace(layer, ba=lambda x: narrow.linear(x, layer.ba_weight)), x)

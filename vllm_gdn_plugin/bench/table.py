@@ -5,7 +5,7 @@ from itertools import groupby
 
 from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
 from vllm_gdn_plugin.bench.stats import CONFIDENCE, SPREAD, Ratio, Row, compare
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL
 
 NO_DIFFERENCE = "no difference shown"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from vllm_gdn_plugin.bench.verify import Outputs
-from vllm_gdn_plugin.timing import WARM_UP_ROUNDS, interleaved
+from vllm_gdn_plugin.tune.timer import WARM_UP_ROUNDS, interleaved
 
 
 class Timer(Protocol):

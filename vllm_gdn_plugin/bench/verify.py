@@ -6,7 +6,7 @@ import torch
 
 from vllm_gdn_plugin.bench.errors import WrongResult
 from vllm_gdn_plugin.bench.results import QKVZ
-from vllm_gdn_plugin.plan import FUSED, NARROW_KERNEL, PADDED_TO, SERIAL
+from vllm_gdn_plugin.decide.plan import FUSED, NARROW_KERNEL, PADDED_TO, SERIAL
 
 Outputs = tuple[torch.Tensor, ...]
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions
 
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
-from vllm_gdn_plugin.plan import REQUESTS, SERIAL
+from vllm_gdn_plugin.decide.plan import REQUESTS, SERIAL
 from vllm_gdn_plugin.settings import variable
 
 NAME = "vllm_gdn_plugin"

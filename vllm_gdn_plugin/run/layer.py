@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from vllm.utils.torch_utils import _encode_layer_name
 
-import vllm_gdn_plugin.op  # noqa: F401  registers torch.ops.vllm_gdn_plugin
-from vllm_gdn_plugin.fused import release_replaced
-from vllm_gdn_plugin.plan import FUSED, SERIAL
+import vllm_gdn_plugin.run.dual_stream  # noqa: F401  registers torch.ops.vllm_gdn_plugin
+from vllm_gdn_plugin.decide.plan import FUSED, SERIAL
+from vllm_gdn_plugin.run.fused import release_replaced
 
 
 class ProjectedLayer:

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllm_gdn_plugin.overlap import UNQUANTIZED, share_no_scratch
+from vllm_gdn_plugin.decide.scratch import UNQUANTIZED, share_no_scratch
 
 FUSED = "fused"
 DUAL_STREAM = "dual_stream"
 SERIAL = "serial"
 AUTO = "auto"
 NARROW_KERNEL = "narrow_kernel"
-"""dual_stream with a kernel of the plugin's own for ``in_proj_ba`` (:mod:`vllm_gdn_plugin.narrow`). It rounds
+"""dual_stream with a kernel of the plugin's own for ``in_proj_ba`` (:mod:`vllm_gdn_plugin.run.narrow`). It rounds
 differently from cuBLAS's, so only ``auto`` takes it, where it was timed as faster."""
 
 ROW_ALIGNMENT = 16

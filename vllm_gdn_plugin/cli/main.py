@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 import vllm_gdn_plugin
-from vllm_gdn_plugin import check
-from vllm_gdn_plugin.plan import STRATEGIES
+from vllm_gdn_plugin.cli import check
+from vllm_gdn_plugin.decide.plan import STRATEGIES
 from vllm_gdn_plugin.settings import describe
 
 EPILOG = """\

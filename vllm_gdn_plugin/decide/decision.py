@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from vllm_gdn_plugin.contract import Contract
-from vllm_gdn_plugin.plan import SERIAL, platform_plan
+from vllm_gdn_plugin.decide.contract import Contract
+from vllm_gdn_plugin.decide.plan import SERIAL, platform_plan
 from vllm_gdn_plugin.settings import Settings
 from vllm_gdn_plugin.versions import VersionVerdict, judge_version
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.checkpoint import ASSUMED, LayerGroup, Unreadable, read_groups
-from vllm_gdn_plugin.contract import Contract, check_contract
-from vllm_gdn_plugin.decision import Decision, Status, decide, refusal
-from vllm_gdn_plugin.plan import AUTO, SERIAL, choices, platform_plan
+from vllm_gdn_plugin.decide.checkpoint import ASSUMED, LayerGroup, Unreadable, read_groups
+from vllm_gdn_plugin.decide.contract import Contract, check_contract
+from vllm_gdn_plugin.decide.decision import Decision, Status, decide, refusal
+from vllm_gdn_plugin.decide.plan import AUTO, SERIAL, choices, platform_plan
 from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
-from vllm_gdn_plugin.tuning import case_of, described, fastest, recall, without_narrow_kernel
+from vllm_gdn_plugin.tune.times import case_of, described, fastest, recall, without_narrow_kernel
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.op import fork, project_apart, project_ba_narrow, project_fused_apart
-from vllm_gdn_plugin.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL, choices_at
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL, choices_at
 from vllm_gdn_plugin.report import unexpected, warn_once
-from vllm_gdn_plugin.timing import CudaTimer, apart, one_after_the_other
-from vllm_gdn_plugin.tuning import Case, Times
+from vllm_gdn_plugin.run.dual_stream import fork, project_apart, project_ba_narrow, project_fused_apart
+from vllm_gdn_plugin.tune.timer import CudaTimer, apart, one_after_the_other
+from vllm_gdn_plugin.tune.times import Case, Times
 
 SECONDS = 5.0
 """After this long no further number of tokens is timed: at the next start, the rest."""
@@ -23,7 +23,7 @@ SECONDS = 5.0
 WARM_UPS, ROUNDS = 1, 8
 LAYERS = {FUSED: 8, DUAL_STREAM: CudaTimer.min_layers}
 """By planned strategy: how many share what it costs to start a graph, at the least. More where the input is quantised,
-since that lies elsewhere in each of them (:func:`vllm_gdn_plugin.timing.one_after_the_other`)."""
+since that lies elsewhere in each of them (:func:`vllm_gdn_plugin.tune.timer.one_after_the_other`)."""
 CACHE_FILLS = 4
 """The layers that are timed in turn hold this many times what the GPU's cache holds, if ``CudaTimer.min_layers`` of
 them do: their weights come from memory."""

@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from vllm_gdn_plugin.overlap import UNQUANTIZED
-from vllm_gdn_plugin.plan import LayerFacts, Plan, ProjectionFacts, plan
+from vllm_gdn_plugin.decide.plan import LayerFacts, Plan, ProjectionFacts, plan
+from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
 
 LINEAR_METHODS = {
     "auto-round": "INCLinearMethod",

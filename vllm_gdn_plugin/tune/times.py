@@ -1,7 +1,7 @@
 """Which way is the fastest for each number of tokens, by the times of this very GPU, and where those are kept.
 
 ``auto`` plans a layer by rules. Where these leave a choice, the ways to run the layer are timed once for each batch
-size for which vLLM captures a CUDA graph (:mod:`vllm_gdn_plugin.ways`), and the times are kept for the next start.
+size for which vLLM captures a CUDA graph (:mod:`vllm_gdn_plugin.tune.ways`), and the times are kept for the next start.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from uuid import uuid4
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.plan import (
+from vllm_gdn_plugin.decide.plan import (
     DUAL_STREAM,
     FUSED,
     NARROW_KERNEL,
@@ -206,7 +206,7 @@ def without_narrow_kernel(case: Case) -> Case:
 def _narrow_kernel_runs(layer: Any) -> bool:
     """Whether it does, of which a line tells if not. It is ready after it, also for a capture."""
     try:
-        from vllm_gdn_plugin import narrow
+        from vllm_gdn_plugin.run import narrow
 
         narrow.prepare(layer.in_proj_ba.weight)
     except Exception as error:
@@ -228,7 +228,7 @@ def _chosen(case: Case, layers: list[Any], last: Any, sizes: list[int]) -> tuple
         return _chosen(without_narrow_kernel(case), layers, last, sizes)
     if not to_be_timed:
         return chosen, "timed at an earlier start"
-    from vllm_gdn_plugin.ways import timed
+    from vllm_gdn_plugin.tune.ways import timed
 
     began = time.perf_counter()
     times |= timed(ready, case, missing)

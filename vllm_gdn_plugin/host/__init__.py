@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from vllm_gdn_plugin.checkpoint import digest
-from vllm_gdn_plugin.plan import LayerFacts, ProjectionFacts
+from vllm_gdn_plugin.decide.checkpoint import digest
+from vllm_gdn_plugin.decide.plan import LayerFacts, ProjectionFacts
 
 
 def package_directory() -> Path:

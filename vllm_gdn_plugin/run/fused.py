@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_gdn_plugin.plan import FUSED, rows_by_way
+from vllm_gdn_plugin.decide.plan import FUSED, rows_by_way
 from vllm_gdn_plugin.report import unexpected
 
 SAME = 0.01

@@ -15,8 +15,8 @@ import torch
 from vllm.utils.torch_utils import LayerNameType, aux_stream, direct_register_custom_op
 
 from vllm_gdn_plugin import host
-from vllm_gdn_plugin.overlap import StaysSerial, stays_serial
-from vllm_gdn_plugin.plan import FUSED, NARROW_KERNEL, SERIAL
+from vllm_gdn_plugin.decide.plan import FUSED, NARROW_KERNEL, SERIAL
+from vllm_gdn_plugin.decide.scratch import StaysSerial, stays_serial
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
@@ -95,7 +95,7 @@ def project_ba(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def project_ba_narrow(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """``in_proj_ba`` with the plugin's kernel."""
-    from vllm_gdn_plugin import narrow  # needs Triton, which vLLM has where there is a GPU
+    from vllm_gdn_plugin.run import narrow  # needs Triton, which vLLM has where there is a GPU
 
     return narrow.linear(hidden_states, layer.in_proj_ba.weight)
 

@@ -1,0 +1,1 @@
+"""What is decided, and why: pure functions from facts to a plan, without vLLM."""

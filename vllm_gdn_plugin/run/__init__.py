@@ -1,0 +1,1 @@
+"""What runs in place of the stock layer's parts."""

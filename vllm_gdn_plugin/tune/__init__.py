@@ -1,0 +1,1 @@
+"""Timing on the GPU at hand, and what is chosen by it."""
