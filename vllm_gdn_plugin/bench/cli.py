@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 EPILOG = """\
 exit status:
   0    all is measured and written
-  1    a strategy did not compute what stock vLLM computes; what was measured before is written
+  1    a way did not compute what stock vLLM computes; what was measured before is written
   2    the arguments, the files or this machine are not what the command needs
   130  interrupted; what was measured before is written
 """
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--quantization", choices=("fp8",), help="in_proj_qkvz as vLLM's block-quantised layer; needs CUDA and vLLM"
     )
-    command.add_argument("--rounds", metavar="N", default="30", help="samples of each strategy; default 30")
+    command.add_argument("--rounds", metavar="N", default="30", help="samples of each way; default 30")
 
     command = measuring(
         "serve",
@@ -134,11 +134,6 @@ def _parser() -> argparse.ArgumentParser:
         help="engines that start at the same time, all of one or more rounds: more rounds in the same time, each start"
         " slower, all alike. `vllm serve` then needs --kv-cache-memory-bytes; see bench serve --side-by-side",
     )
-    command.add_argument(
-        "--layers",
-        metavar="N,...",
-        help="also count the graphs of models of so many layers (random weights), with LayerName and with string names",
-    )
 
     command = commands.add_parser(
         "report",
@@ -152,7 +147,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_engine_arguments(command: argparse.ArgumentParser, rounds: str) -> None:
     command.add_argument("--model", required=True, help="as for `vllm serve`")
-    command.add_argument("--strategy", metavar="NAME,...", default="auto", help="an engine for each; default auto")
+    command.add_argument(
+        "--strategy",
+        metavar="NAME[=SETTING=VALUE],...",
+        default="auto",
+        help="an engine for each; with settings, as in no_kernel=VLLM_GDN_PLUGIN_DECODE_KERNEL=0, one of that name with"
+        " them; default auto",
+    )
     command.add_argument("--rounds", metavar="N", default="5", help=f"{rounds}; default 5")
     command.add_argument(
         "vllm_arguments", metavar="-- ARGUMENT", nargs="*", help="all that follows -- is passed on to `vllm serve`"
@@ -213,10 +214,6 @@ def _serve(options: argparse.Namespace, command: str) -> int:
 
 
 def _compile(options: argparse.Namespace, command: str) -> int:
-    layers = list(dict.fromkeys(counts("--layers", options.layers))) if options.layers else []
-    if layers and not (Path(options.model) / "config.json").is_file():
-        raise BadInput(f"--layers needs a local model: there is no {options.model}/config.json")
-
     from vllm_gdn_plugin.bench.engine.results import COMPILE
     from vllm_gdn_plugin.bench.engine.server import KV_CACHE, may_start_at_once
 
@@ -235,7 +232,7 @@ def _compile(options: argparse.Namespace, command: str) -> int:
     from vllm_gdn_plugin.bench.engine.compile import measure, steps
 
     path = options.output / "compile.json"
-    return _measured(run, path, steps(run, layers), lambda progress: measure(run, layers, at_once, progress))
+    return _measured(run, path, steps(run), lambda progress: measure(run, at_once, progress))
 
 
 def _engine_run(options: argparse.Namespace, kind: str, command: str) -> "EngineRun":

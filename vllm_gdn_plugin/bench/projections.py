@@ -1,4 +1,4 @@
-"""The run itself: for each shape and each number of tokens, verify the strategies and then time them."""
+"""The run itself: for each shape and each number of tokens, verify the ways and then time them."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,8 +14,8 @@ from vllm_gdn_plugin.bench.results import Point, Run
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
-from vllm_gdn_plugin.bench.verify import Outputs, verify
-from vllm_gdn_plugin.tune.timer import CudaTimer, apart, one_after_the_other
+from vllm_gdn_plugin.bench.verify import verify
+from vllm_gdn_plugin.tune.timer import CudaTimer, one_after_the_other
 
 SEED = 0
 
@@ -76,7 +76,7 @@ def measure(task: Task, run: Run, progress: Any) -> None:
         for shape in task.shapes:
             first = make(shape)
             count = layer_count(max(first.weight_bytes.values()), run.machine.l2_cache_bytes, timer.min_layers)
-            layers = apart([first, *(make(shape) for _ in range(count - 1))])
+            layers = [first, *(make(shape) for _ in range(count - 1))]
             for tokens in task.tokens:
                 where = f"{shape.name}, TP {shape.tensor_parallel_size}, {tokens} tokens"
                 progress.set_description(where)
@@ -93,18 +93,12 @@ def measure(task: Task, run: Run, progress: Any) -> None:
 def measure_point(
     timer: Timer, shape: Shape, layers: list[Projections], hidden_states: torch.Tensor, rounds: int
 ) -> Point:
-    """Verify, then time, every strategy on the same layers and the same ``hidden_states`` (num_tokens, hidden)."""
-    ways = strategies.steps(layers[0], timer.aux_stream, len(hidden_states))
+    """Verify, then time, every way on the same layers and the same ``hidden_states`` (num_tokens, hidden)."""
     prepared, outputs = {}, {}
-    for name, step in ways.items():
-        prepared[name], outputs[name] = timer.prepare(through(layers, step, hidden_states))
+    for way, step in strategies.ways(layers[0], timer.aux_stream).items():
+        prepared[way], outputs[way] = timer.prepare(partial(one_after_the_other, step, layers, hidden_states))
     verify(outputs, layers[-1].reference(hidden_states))
-    moved = {name: strategies.bytes_moved(layers[-1], name, hidden_states, outputs[name]) for name in ways}
+    moved = {way: strategies.bytes_moved(layers[-1], way, hidden_states, outputs[way]) for way in prepared}
     samples = timer.measure(prepared, rounds)
-    per_layer = {name: [value / len(layers) for value in values] for name, values in samples.items()}
+    per_layer = {way: [value / len(layers) for value in values] for way, values in samples.items()}
     return Point(shape, len(hidden_states), len(layers), moved, per_layer)
-
-
-def through(layers: list[Projections], step: strategies.Step, hidden_states: torch.Tensor) -> Callable[[], Outputs]:
-    """All layers, one after the other; the last one's outputs are kept, the others' memory is used again."""
-    return partial(one_after_the_other, step, layers, hidden_states)

@@ -16,7 +16,7 @@ from vllm_gdn_plugin.bench.errors import BadInput
 from vllm_gdn_plugin.bench.results import QKVZ
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections, random_weight
-from vllm_gdn_plugin.decide.plan import DUAL_STREAM, NARROW_KERNEL, SERIAL
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL
 
 BLOCK = 128
 """Rows and columns that share one scale."""
@@ -95,8 +95,7 @@ def _maker() -> Callable[[Shape], Projections]:
         return Projections(
             lambda x: qkvz(x)[0],
             lambda x: F.linear(x, ba),
-            {SERIAL: both, DUAL_STREAM: both, NARROW_KERNEL: both, QKVZ: wide},
-            ba_weight=ba,
+            {SERIAL: both, DUAL_STREAM: both, QKVZ: wide},
         )
 
     return make

@@ -1,7 +1,8 @@
-"""What a run of the bench found, as it lies in its JSON file."""
+"""What a run of the bench that times a part of a layer found, as it lies in its JSON file."""
 
 import json
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,24 @@ from vllm_gdn_plugin.decide.plan import SERIAL
 QKVZ = "qkvz"
 """``in_proj_qkvz`` alone: no strategy, but the limit of what hiding ``in_proj_ba`` can gain."""
 
-FORMAT = "vllm-gdn-plugin bench projections 1"
+FORMAT = "vllm-gdn-plugin bench projections 2"
+DIGITS = 5
+"""Of each sample that are kept: timers tell no more apart."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a layer that can be run in several ways, and what each of them is held against."""
+
+    title: str
+    """As the head of the report."""
+    baseline: str
+    """The way in which stock vLLM runs it."""
+    limit: str
+    """What no way can beat: the part of the work that all have to do."""
+
+
+PROJECTIONS = Section("Input projections of a GDN layer", SERIAL, QKVZ)
 
 
 @dataclass(frozen=True)
@@ -25,9 +43,9 @@ class Point:
     layers: int
     """Copies of the weights that one sample goes through."""
     bytes_moved: dict[str, int]
-    """By strategy, per layer: weights, activations in and outputs out, each once."""
+    """By way, per layer: weights, activations in and outputs out, each once."""
     samples_us: dict[str, list[float]]
-    """By strategy: microseconds per layer, one value a round, in the order of the rounds."""
+    """By way: microseconds per layer, one value a round, in the order of the rounds."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,7 @@ class Machine:
 
 @dataclass
 class Run:
-    """One run of ``bench projections``."""
+    """One run of ``bench projections``, or of another section."""
 
     command: str
     date: str
@@ -57,6 +75,7 @@ class Run:
     seed: int
     rounds: int
     machine: Machine
+    section: Section = PROJECTIONS
     stopped: str | None = None
     """Why points are missing, or None where none is."""
     points: list[Point] = field(default_factory=list)
@@ -67,7 +86,30 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write the run to a JSON file."""
-        path.write_text(json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n", encoding="utf-8")
+        data = asdict(self)
+        for point in data["points"]:
+            point["samples_us"] = {way: rounded(samples) for way, samples in point["samples_us"].items()}
+        write(path, {"format": FORMAT, **data})
+
+
+def rounded(samples: Iterable[float]) -> list[float]:
+    """The samples to :data:`DIGITS` digits."""
+    return [float(f"{value:.{DIGITS}g}") for value in samples]
+
+
+def write(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON with a line for each entry of the first two levels: short, and a change of it can be read."""
+    lines = [f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def _lines(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        rows = ",\n".join(f" {json.dumps(key)}: {json.dumps(one)}" for key, one in value.items())
+        return "{\n" + rows + "\n}"
+    if isinstance(value, list) and value:
+        return "[\n" + ",\n".join(f" {json.dumps(one)}" for one in value) + "\n]"
+    return json.dumps(value)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -85,22 +127,24 @@ def read(path: Path) -> dict[str, Any]:
 
 def parse(path: Path, data: dict[str, Any]) -> Run:
     """The run that :meth:`Run.save` wrote, from its decoded JSON. Raises BadInput."""
+    data.pop("summary", None)
     try:
-        points = [_point(point) for point in data["points"]]
+        section = Section(**data["section"])
+        points = [_point(point, section) for point in data["points"]]
         if not points:
             raise ValueError("it holds no points")
-        return Run(**data | {"machine": Machine(**data["machine"]), "points": points})
+        return Run(**data | {"machine": Machine(**data["machine"]), "section": section, "points": points})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _point(data: dict[str, Any]) -> Point:
+def _point(data: dict[str, Any], section: Section) -> Point:
     point = Point(**data | {"shape": Shape(**data["shape"])})
     samples = list(point.samples_us.values())
-    if not {SERIAL, QKVZ} <= set(point.samples_us) <= set(point.bytes_moved):
-        raise ValueError("a point lacks a strategy")
+    if not {section.baseline, section.limit} <= set(point.samples_us) <= set(point.bytes_moved):
+        raise ValueError("a point lacks a way")
     if len({len(values) for values in samples}) != 1 or not samples[0]:
-        raise ValueError("the strategies of a point have not the same number of samples")
+        raise ValueError("the ways of a point have not the same number of samples")
     if not all(0 < value < math.inf for values in samples for value in values):
         raise ValueError("a sample is not a time")
     return point

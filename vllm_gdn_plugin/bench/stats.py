@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import bootstrap, quantile_test, ttest_1samp
 
-from vllm_gdn_plugin.bench.results import QKVZ
-from vllm_gdn_plugin.decide.plan import SERIAL
+from vllm_gdn_plugin.bench.results import Section
 
 CONFIDENCE = 0.95
 SPREAD = (5, 95)
@@ -41,11 +40,11 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy at one point."""
+    """One way at one point."""
 
     us: Summary
-    to_serial: Ratio
-    to_qkvz: Ratio
+    to_baseline: Ratio
+    to_limit: Ratio
 
 
 def summary(samples: Sequence[float]) -> Summary:
@@ -117,17 +116,28 @@ def paired_change(samples: Sequence[float], baseline: Sequence[float]) -> Change
     return Change(*(_percent(float(value)) for value in (logs.mean(), found.low, found.high)))
 
 
+def over_pairs(changes: Sequence[Change]) -> Change:
+    """One change from those of several pairs of engines, an engine of one kind against one of the other.
+
+    The mean of them, from the lowest to the highest bound of their intervals: what two starts of the same engine differ
+    by, which no number of rounds takes away, is a part of that.
+    """
+    percent = sum(change.percent for change in changes) / len(changes)
+    return Change(percent, min(change.low for change in changes), max(change.high for change in changes))
+
+
 def _percent(log_ratio: float) -> float:
     return 100 * float(np.expm1(log_ratio))
 
 
-def compare(samples: Mapping[str, Sequence[float]]) -> dict[str, Row]:
-    """Each strategy of one point against serial and against ``in_proj_qkvz`` alone.
+def compare(samples: Mapping[str, Sequence[float]], section: Section) -> dict[str, Row]:
+    """Each way of one point against the section's baseline and its limit.
 
     Args:
-        samples: microseconds per layer, by strategy, each in the order of the rounds.
+        samples: microseconds per layer, by way, each in the order of the rounds.
     """
+    baseline, limit = samples[section.baseline], samples[section.limit]
     return {
-        name: Row(summary(values), paired_ratio(values, samples[SERIAL]), paired_ratio(values, samples[QKVZ]))
-        for name, values in samples.items()
+        way: Row(summary(values), paired_ratio(values, baseline), paired_ratio(values, limit))
+        for way, values in samples.items()
     }

@@ -1,26 +1,24 @@
 """A run as Markdown: one table for each shape, to paste into a pull request, and every number below it."""
 
-from collections.abc import Mapping
 from itertools import groupby
 
-from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
+from vllm_gdn_plugin.bench.results import Machine, Point, Run
 from vllm_gdn_plugin.bench.stats import CONFIDENCE, SPREAD, Ratio, Row, compare
-from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, SERIAL
 
 NO_DIFFERENCE = "no difference shown"
 
 
 def markdown(run: Run) -> str:
     """The whole run."""
-    parts = [f"# Input projections of a GDN layer, {run.precision}", *_about(run)]
+    parts = [f"# {run.section.title}, {run.precision}", *_about(run)]
     for shape, group in groupby(run.points, key=lambda point: point.shape):
         points = list(group)
-        rows = [compare(point.samples_us) for point in points]
+        rows = [compare(point.samples_us, run.section) for point in points]
         parts.append(
             f"### {shape.name}, TP {shape.tensor_parallel_size}\n\n"
             f"hidden {shape.hidden}, qkvz {shape.qkvz}, ba {shape.ba} (each rank)"
         )
-        parts.append(table(_overview(points, rows)))
+        parts.append(table(_overview(run, points, rows)))
         parts.append("<details><summary>Every number</summary>")
         parts.append(table(_details(run, points, rows)))
         parts.append("</details>")
@@ -46,9 +44,9 @@ def _about(run: Run) -> list[str]:
         f"- {about_machine(machine)}; {run.date}",
         f"- `{run.command}`",
         f"- us: microseconds per layer, median of {run.rounds} rounds."
-        f" x of qkvz: against `in_proj_qkvz` alone, the limit of hiding `in_proj_ba`."
-        f" gain: the share of serial's time that is saved (negative: lost) with its {CONFIDENCE:.0%} interval;"
-        f' "{NO_DIFFERENCE}" where the interval of the ratio includes 1.',
+        f" x of {run.section.limit}: against {run.section.limit} alone, which no way can beat."
+        f" gain: the share of {run.section.baseline}'s time that is saved (negative: lost) with its {CONFIDENCE:.0%}"
+        f' interval; "{NO_DIFFERENCE}" where the interval of the ratio includes 1.',
     ]
     if machine.bandwidth_gb_s:
         lines.append(f"- measured bandwidth of a copy, read and written: {machine.bandwidth_gb_s:.0f} GB/s")
@@ -59,47 +57,35 @@ def _about(run: Run) -> list[str]:
     return ["\n".join(lines)]
 
 
-def _overview(points: list[Point], rows: list[dict[str, Row]]) -> list[list[str]]:
-    strategies = [name for name in (DUAL_STREAM, FUSED, NARROW_KERNEL) if any(name in row for row in rows)]
-    heads = [f"{name} us (x of qkvz)" for name in strategies]
-    padded = any(fastest_padded(row) for row in rows)
-    if padded:
-        heads.append("fused us, padded as is fastest (x of qkvz)")
-    lines = [["tokens", "serial us", *heads, "qkvz alone us", "gain"]]
+def _overview(run: Run, points: list[Point], rows: list[dict[str, Row]]) -> list[list[str]]:
+    baseline, limit = run.section.baseline, run.section.limit
+    ways = [way for way in dict.fromkeys(way for row in rows for way in row) if way not in (baseline, limit)]
+    heads = [f"{way} us (x of {limit})" for way in ways]
+    lines = [["tokens", f"{baseline} us", *heads, f"{limit} alone us", "gain"]]
     for point, row in zip(points, rows, strict=True):
-        cells = [
-            f"{row[name].us.median:.2f} ({_times(row[name].to_qkvz)})" if name in row else "" for name in strategies
-        ]
-        if padded:
-            name = fastest_padded(row)
-            cells.append(f"{name}: {row[name].us.median:.2f} ({_times(row[name].to_qkvz)})" if name else "")
-        gains = "; ".join(f"{name} {_gain(row[name].to_serial)}" for name in strategies if name in row)
-        lines.append(
-            [str(point.tokens), f"{row[SERIAL].us.median:.2f}", *cells, f"{row[QKVZ].us.median:.2f}", gains],
-        )
+        cells = [f"{row[way].us.median:.2f} ({_times(row[way].to_limit)})" if way in row else "" for way in ways]
+        gains = "; ".join(f"{way} {_gain(row[way].to_baseline)}" for way in ways if way in row)
+        medians = [f"{row[way].us.median:.2f}" for way in (baseline, limit)]
+        lines.append([str(point.tokens), medians[0], *cells, medians[1], gains])
     return lines
 
 
-def fastest_padded(row: Mapping[str, Row]) -> str | None:
-    """Of the ways in which the one GEMM has more rows, the fastest by the median, if there is any."""
-    return min((way for way in PADDED_TO if way in row), key=lambda way: row[way].us.median, default=None)
-
-
 def _details(run: Run, points: list[Point], rows: list[dict[str, Row]]) -> list[list[str]]:
+    baseline, limit = run.section.baseline, run.section.limit
     spread, interval = f"{SPREAD[0]}th to {SPREAD[1]}th percentile", f"{CONFIDENCE:.0%} interval"
-    head = ["tokens", "strategy", "median us", spread, f"x of serial ({interval})", f"x of qkvz ({interval})"]
+    head = ["tokens", "way", "median us", spread, f"x of {baseline} ({interval})", f"x of {limit} ({interval})"]
     lines = [[*head, "MB moved", "share of bandwidth"]]
     for point, row in zip(points, rows, strict=True):
-        for name, found in row.items():
-            moved, bandwidth = point.bytes_moved[name], run.machine.bandwidth_gb_s
+        for way, found in row.items():
+            moved, bandwidth = point.bytes_moved[way], run.machine.bandwidth_gb_s
             lines.append(
                 [
                     str(point.tokens),
-                    name,
+                    way,
                     f"{found.us.median:.2f}",
                     f"{found.us.low:.2f} to {found.us.high:.2f}",
-                    "1" if name == SERIAL else _times_with_interval(found.to_serial),
-                    "1" if name == QKVZ else _times_with_interval(found.to_qkvz),
+                    "1" if way == baseline else _times_with_interval(found.to_baseline),
+                    "1" if way == limit else _times_with_interval(found.to_limit),
                     f"{moved / 1e6:.2f}",
                     f"{moved / (found.us.median * 1e-6) / 1e9 / bandwidth:.0%}" if bandwidth else "not measured",
                 ]

@@ -1,4 +1,4 @@
-"""Whether the strategies compute the same, asked before any of them is timed."""
+"""Whether the ways compute the same, asked before any of them is timed."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,44 +6,41 @@ import torch
 
 from vllm_gdn_plugin.bench.errors import WrongResult
 from vllm_gdn_plugin.bench.results import QKVZ
-from vllm_gdn_plugin.decide.plan import FUSED, NARROW_KERNEL, PADDED_TO, SERIAL
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL
 
 Outputs = tuple[torch.Tensor, ...]
 
 PROJECTIONS = ("in_proj_qkvz", "in_proj_ba")
 
 TOLERANCE = 1.05
-"""One GEMM rounds differently from two, and another kernel from cuBLAS's; its error may be this many times theirs."""
+"""One GEMM rounds differently from two; its error may be this many times theirs."""
 
 
-def verify(outputs: Mapping[str, Outputs], reference: Sequence[torch.Tensor | None] | None = None) -> None:
-    """Compare what the strategies gave for the same hidden states and weights.
+def verify(outputs: Mapping[str, Outputs], reference: Sequence[torch.Tensor] = ()) -> None:
+    """Compare what the ways gave for the same hidden states and weights.
 
-    dual_stream and qkvz alone run serial's kernels: bit-equal. fused, also padded, and narrow_kernel are held against
-    float64: the Frobenius norm of their error is at most ``TOLERANCE`` times that of serial, in each projection that
-    has a reference; the others are bit-equal.
+    dual_stream and qkvz alone run serial's kernels: bit-equal. Any other way is held against float64: the Frobenius
+    norm of its error is at most ``TOLERANCE`` times that of serial, in each projection.
 
     Args:
-        outputs: by strategy, (num_tokens, qkvz) and (num_tokens, ba); of qkvz alone the first only.
-        reference: the same in float64; needed where fused or narrow_kernel is among the strategies.
+        outputs: by way, (num_tokens, qkvz) and (num_tokens, ba); of qkvz alone the first only.
+        reference: the same in float64; needed where another way is among them.
 
     Raises:
-        WrongResult: naming the strategy and the projection.
+        WrongResult: naming the way and the projection.
     """
-    for name, found in outputs.items():
-        if name == SERIAL:
+    for way, found in outputs.items():
+        if way == SERIAL:
             continue
-        exact: Sequence[torch.Tensor | None] = (None, None)
-        if name in (FUSED, *PADDED_TO, NARROW_KERNEL):
-            if reference is None:
-                raise ValueError(f"{name} needs a reference")
-            exact = reference
-        computed = PROJECTIONS[:1] if name == QKVZ else PROJECTIONS
+        exact: Sequence[torch.Tensor | None] = (None, None) if way in (DUAL_STREAM, QKVZ) else reference
+        if not exact:
+            raise ValueError(f"{way} needs a reference")
+        computed = PROJECTIONS[:1] if way == QKVZ else PROJECTIONS
         for number, (projection, one) in enumerate(zip(computed, found, strict=True)):
             other, wanted = outputs[SERIAL][number], exact[number]
             why = _not_bit_equal(one, other) if wanted is None else _not_exact(one, other, wanted)
             if why:
-                raise WrongResult(f"{name}: {projection} {why}")
+                raise WrongResult(f"{way}: {projection} {why}")
 
 
 def _not_bit_equal(one: torch.Tensor, serial: torch.Tensor) -> str:

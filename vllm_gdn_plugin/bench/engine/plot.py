@@ -1,5 +1,6 @@
 """A run as a picture: by how much each variant differs from the stock engine, and how many graphs were compiled."""
 
+import math
 from pathlib import Path
 
 import matplotlib
@@ -9,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from vllm_gdn_plugin.bench.engine.results import COMPILE, SERVE, EngineRun
-from vllm_gdn_plugin.bench.engine.table import TITLES, changes
+from vllm_gdn_plugin.bench.engine.table import TITLES, changes, kinds, samples
 from vllm_gdn_plugin.bench.engine.variants import OFF
 
 PANELS = {
@@ -51,9 +52,9 @@ def plot(run: EngineRun, path: Path) -> None:
 def _changes(axis: "plt.Axes", run: EngineRun, metric: str) -> None:
     cases = run.cases(metric)
     axis.axhline(0.0, color="black", linewidth=0.8)
-    for n, name in enumerate(run.variants):
+    for n, name in enumerate(kinds(run)):
         found = {i: changes(run, metric, case, name) for i, case in enumerate(cases)} if name != OFF else {}
-        shown = {i: change for i, change in found.items() if change and len(run.values(metric, cases[i], name)) > 1}
+        shown = {i: change for i, change in found.items() if change and not math.isinf(change.low)}
         if shown:
             middles = [c.percent for c in shown.values()]
             reach = [[c.percent - c.low for c in shown.values()], [c.high - c.percent for c in shown.values()]]
@@ -65,9 +66,9 @@ def _changes(axis: "plt.Axes", run: EngineRun, metric: str) -> None:
 
 def _values(axis: "plt.Axes", run: EngineRun, metric: str) -> None:
     cases = run.cases(metric)
-    for n, name in enumerate(run.variants):
+    for n, name in enumerate(kinds(run)):
         for i, case in enumerate(cases):
-            values = list(run.values(metric, case, name).values())
+            values = samples(run, metric, case, name)
             where = i + 0.12 * (n - 1)
             axis.plot([where] * len(values), values, ".", color=COLORS[n % len(COLORS)], label=name if i == 0 else None)
     axis.set_ylim(bottom=0)

@@ -147,20 +147,17 @@ def started(
     variants: Sequence[str],
     directory: Path,
     *,
-    model: str | None = None,
-    more: Sequence[str] = (),
     settings: Sequence[Mapping[str, str]] = (),
 ) -> Iterator[list[Server]]:
     """A server of each variant, started at once; each is what its name says. Raises BenchError.
 
     Args:
-        model, more: another model and further arguments of the servers.
         settings: further environment variables of each server.
     """
 
     def launched(variant: str, settings: Mapping[str, str]) -> AbstractContextManager[Server]:
         env = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO", **run.variants[variant], **settings}
-        return launch(model or run.model, env=env, directory=directory, arguments=[*run.vllm_arguments, *more])
+        return launch(run.model, env=env, directory=directory, arguments=run.vllm_arguments)
 
     with ExitStack() as stack:
         pairs = zip(variants, settings or [{}] * len(variants), strict=True)

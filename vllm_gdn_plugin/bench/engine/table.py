@@ -3,10 +3,12 @@
 import math
 import shlex
 import statistics
+from collections.abc import Sequence
+from itertools import permutations, product
 
 from vllm_gdn_plugin.bench.engine.results import COMPILE, METRICS, SERVE, EngineRun
-from vllm_gdn_plugin.bench.engine.variants import OFF
-from vllm_gdn_plugin.bench.stats import CONFIDENCE, MANY, Change, paired_change
+from vllm_gdn_plugin.bench.engine.variants import OFF, kind_of, starts_of
+from vllm_gdn_plugin.bench.stats import CONFIDENCE, MANY, Change, over_pairs, paired_change
 from vllm_gdn_plugin.bench.table import NO_DIFFERENCE, about_machine, table
 
 WIDE = 999
@@ -26,14 +28,38 @@ def markdown(run: EngineRun) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def changes(run: EngineRun, metric: str, case: str, variant: str, baseline: str = OFF) -> Change | None:
-    """How a variant compares with another, the stock engine if none is named, in the rounds that have both; None where
-    no round has, or where a zero makes percent meaningless."""
+def changes(run: EngineRun, metric: str, case: str, kind: str, baseline: str = OFF) -> Change | None:
+    """How a variant compares with another, the stock engine if none is named, over all pairs of their starts."""
+    pairs = product(starts_of(run.variants, baseline), starts_of(run.variants, kind))
+    found = [change for pair in pairs if (change := pair_change(run, metric, case, *pair))]
+    return over_pairs(found) if found else None
+
+
+def pair_change(run: EngineRun, metric: str, case: str, baseline: str, variant: str) -> Change | None:
+    """How one engine compares with another in the rounds that have both; None where no round has, or where a zero makes
+    percent meaningless."""
     base, found = (run.values(metric, case, name) for name in (baseline, variant))
     rounds = sorted(base.keys() & found.keys())
     if not rounds or not all(values[n] > 0 for values in (base, found) for n in rounds):
         return None
     return paired_change([found[n] for n in rounds], [base[n] for n in rounds])
+
+
+def between_starts(run: EngineRun, metric: str, case: str) -> float | None:
+    """By how many percent a start of the stock engine lies above another, at the most; None where there is but one."""
+    pairs = permutations(starts_of(run.variants, OFF), 2)
+    found = [change.percent for pair in pairs if (change := pair_change(run, metric, case, *pair))]
+    return max(found, default=None)
+
+
+def kinds(run: EngineRun) -> list[str]:
+    """The variants, each once however often it was started."""
+    return list(dict.fromkeys(map(kind_of, run.variants)))
+
+
+def samples(run: EngineRun, metric: str, case: str, kind: str) -> list[float]:
+    """All samples of a variant, whatever the start."""
+    return [value for name in starts_of(run.variants, kind) for value in run.values(metric, case, name).values()]
 
 
 def _about(run: EngineRun) -> list[str]:
@@ -46,6 +72,12 @@ def _about(run: EngineRun) -> list[str]:
         f"- median (lowest to highest); change: against {OFF} in the same round, median, or of fewer than {MANY} rounds"
         f' geometric mean, with its {CONFIDENCE:.0%} interval; "{NO_DIFFERENCE}" where the interval includes 0',
     ]
+    if len(kinds(run)) < len(run.variants):
+        lines.append(
+            "- several starts of each engine: the change is the mean over all pairs of an engine of each kind, from the"
+            " lowest to the highest bound of their intervals, so what two starts differ by is a part of it; the last"
+            f" column is the most that a start of {OFF} lies above another"
+        )
     if run.vllm_arguments:
         lines.append(f"- `vllm serve {shlex.join(run.vllm_arguments)}`")
     if run.load:
@@ -58,20 +90,25 @@ def _about(run: EngineRun) -> list[str]:
 
 
 def _lines(run: EngineRun, metric: str, cases: list[str]) -> list[list[str]]:
-    others = [name for name in run.variants if name != OFF and any(run.values(metric, case, name) for case in cases)]
-    lines = [["", OFF, *(text for name in others for text in (name, f"change by {name}"))]]
-    for case in cases:
-        line = [case, _spread(run.values(metric, case, OFF))]
-        for name in others:
-            line += [_spread(run.values(metric, case, name)), shown(changes(run, metric, case, name))]
-        lines.append(line)
+    others = [kind for kind in kinds(run) if kind != OFF and any(samples(run, metric, case, kind) for case in cases)]
+    lines = [["", OFF, *(text for kind in others for text in (kind, f"change by {kind}"))]]
+    apart = [between_starts(run, metric, case) for case in cases]
+    for case, most in zip(cases, apart, strict=True):
+        line = [case, _spread(samples(run, metric, case, OFF))]
+        for kind in others:
+            line += [_spread(samples(run, metric, case, kind)), shown(changes(run, metric, case, kind))]
+        lines.append([*line, "" if most is None else _percent(most)])
+    if any(most is not None for most in apart):
+        lines[0].append(f"two starts of {OFF}")
+    else:
+        lines[1:] = [line[:-1] for line in lines[1:]]
     return lines
 
 
-def _spread(values: dict[int, float]) -> str:
+def _spread(values: Sequence[float]) -> str:
     if not values:
         return ""
-    middle, low, high = (_number(f(values.values())) for f in (statistics.median, min, max))
+    middle, low, high = (_number(f(values)) for f in (statistics.median, min, max))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 

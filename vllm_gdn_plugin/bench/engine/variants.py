@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import distributions
 
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
-from vllm_gdn_plugin.decide.plan import REQUESTS, SERIAL
-from vllm_gdn_plugin.settings import variable
+from vllm_gdn_plugin.decide.plan import AUTO, REQUESTS, SERIAL
+from vllm_gdn_plugin.settings import describe, variable
 
 NAME = "vllm_gdn_plugin"
 OFF = "off"
@@ -15,22 +15,45 @@ OFF = "off"
 
 PLUGINS = "VLLM_PLUGINS"
 STRATEGY = variable("strategy")
-STRING_NAMES = {"VLLM_USE_LAYERNAME": "0"}
-"""vLLM's switch back to layer names that are strings."""
+BEFORE_NUMBER = "-"
+"""Between a variant's name and the number of its start, from the second on."""
 
 
-def variants(strategies: Iterable[str]) -> dict[str, dict[str, str]]:
-    """The settings of the stock engine and of one engine for each strategy, by name, the stock engine first.
+def variants(texts: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The settings of the stock engine and of one engine for each text, by name, the stock engine first.
 
-    Raises BadInput.
+    A text is a strategy, or NAME=SETTING=VALUE with more settings after spaces:
+    ``no_kernel=VLLM_GDN_PLUGIN_DECODE_KERNEL=0`` is ``auto`` with that setting. Raises BadInput.
     """
-    choices = [name for name in REQUESTS if name != SERIAL]
     found = {OFF: {PLUGINS: plugins_without_ours(os.environ)}}
-    for strategy in strategies:
-        if strategy not in choices:
-            raise BadInput(f"--strategy {strategy!r} is not one of {', '.join(choices)}")
-        found[strategy] = {STRATEGY: strategy, **_plugins_with_ours(os.environ)}
+    for text in texts:
+        name, _, settings = text.partition("=")
+        found[name] = {STRATEGY: AUTO, **_settings(name, settings), **_plugins_with_ours(os.environ)}
     return found
+
+
+def _settings(name: str, text: str) -> dict[str, str]:
+    strategies = [strategy for strategy in REQUESTS if strategy != SERIAL]
+    if not text:
+        if name not in strategies:
+            raise BadInput(f"--strategy {name!r} is not one of {', '.join(strategies)}, and has no settings after a =")
+        return {STRATEGY: name}
+    if name == OFF or not re.fullmatch(r"\w+", name):
+        raise BadInput(f"--strategy {name}={text}: {name!r} is no name of letters, digits and _ other than {OFF}")
+    found = dict(one.partition("=")[::2] for one in text.split())
+    if unknown := set(found) - {variable for variable, *_ in describe()}:
+        raise BadInput(f"--strategy {name}={text}: {', '.join(sorted(unknown))} is no setting of the plugin")
+    return found
+
+
+def kind_of(variant: str) -> str:
+    """The variant of which this is another start."""
+    return variant.partition(BEFORE_NUMBER)[0]
+
+
+def starts_of(names: Iterable[str], kind: str) -> list[str]:
+    """Those of the names that are starts of this variant."""
+    return [name for name in names if kind_of(name) == kind]
 
 
 def plugins_without_ours(environment: Mapping[str, str]) -> str:
@@ -56,12 +79,12 @@ def require_at_work(name: str, log: str) -> str:
     Without this, a plugin that stepped aside would be compared with itself.
     """
     lines: list[str] = re.findall(r"vllm-gdn-plugin.*", log)
-    if name == OFF:
+    if kind_of(name) == OFF:
         if lines:
             raise WrongResult(f"the engine without the plugin has loaded it: {lines[0]}")
         return ""
     at_work = [line for line in lines if re.search(r" on [1-9]\d* of \d+ GDN layers", line)]
     if not at_work:
         why = lines[-1] if lines else "its log says nothing of it"
-        raise BadInput(f"with {STRATEGY}={name} the plugin does nothing here: {why}")
+        raise BadInput(f"{name}: the plugin does nothing here: {why}")
     return at_work[-1]
