@@ -53,6 +53,7 @@ def main() -> None:
         "import_package": [row[0] for row in rows],
         "register": [row[1] for row in rows],
     }
+    result["median"] = round(statistics.median(map(sum, rows)), 1)
     (options.output / "entry_point.json").write_text(json.dumps(result, indent=1) + "\n")
     for name in ("import_package", "register"):
         samples = sorted(result[name])

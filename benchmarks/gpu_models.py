@@ -5,6 +5,8 @@
 With `--rank-of N` the model is as wide as one of N tensor-parallel ranks of it, so that one GPU does what each of N
 would, but for what they say to each other, and for sampling, which is from its share of the vocabulary.
 
+As the real checkpoints have it, the recurrent state is kept in float32, and there is one layer that drafts (MTP).
+
 The tokenizer has a word for each id below WORDS (but the first 27), so that ids become text and the same ids again:
 clients that send text (`vllm bench serve`) work, which they don't with `--skip-tokenizer-init`. The ids above have no
 text.
@@ -31,6 +33,8 @@ _TEXT: dict[str, Any] = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
+    "mamba_ssm_dtype": "float32",
+    "mtp_num_hidden_layers": 1,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
     "attn_output_gate": True,

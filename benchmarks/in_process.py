@@ -1,22 +1,32 @@
 """Decode steps and times to the first token of engines side by side, without a server between them and the clock.
 
-    python benchmarks/in_process.py MODEL DIRECTORY --engine JSON [--strategy NAME,...] [--rounds N]
-        [--concurrency N,...] [--input-len N,...] [--starts N] [--minutes N] [--cpus N,...] [--one-process]
+    python benchmarks/in_process.py MODEL DIRECTORY --engine JSON [--strategy NAME[=SETTING=VALUE],...] [--starts N]
+        [--one-process] [--seconds N] [--rounds N] [--concurrency N,...] [--input-len N,...] [--cpus N,...]
 
 Through HTTP the scatter of a slow host hides differences of a few percent (`bench serve` tells what a client sees).
-Here each engine, stock and of each strategy, is a process of its own with vLLM's `LLM`, scheduler and model runner in
-it; all stay up and are stepped in turn, one at a time. A case `concurrency N` times the decode steps of N requests with
-short prompts, a case `N in` the first token of one prompt of N tokens; before them, each engine says how much memory
-PyTorch has taken in it. The stock engine starts first, so that the others find Triton's kernels tuned as it has tuned
-them; then `auto`, which times its ways alone; then the others at once. MODEL is a directory, such as gpu_models.py
-makes; weights are dummies. With `--cpus`, once all have started, the threads of all of them run on those CPUs alone:
-what one CPU is slower by than another is then no difference between engines. With `--starts 2` there are two engines of
-each, `off` and `off-2`: what two of the same differ by, no interval tells. With `--one-process` all engines are in one,
-built one after the other: a host that is slow for one process and not for another then slows all alike. Nothing is said
-of memory there. Writes DIRECTORY/serve.json, .md and .png, as `bench serve` does; Ctrl-C ends it and keeps what was
-measured. The engines share the GPU: `--engine '{"kv_cache_memory_bytes": 2147483648, "gpu_memory_utilization": 0.01}'`,
-and more arguments of `LLM`. Without a GPU: `--device cpu --strategy fused --engine '{"enforce_eager": true,
-"mamba_ssm_cache_dtype": "float32", "kv_cache_memory_bytes": 134217728}'`.
+Here each engine, stock and of each strategy, is vLLM's `LLM` with scheduler and model runner in one process; all stay
+up and are stepped in turn, one at a time. A case `concurrency N` times the decode steps of N requests with short
+prompts, a case `N in` the first token of one prompt of N tokens. Before them, each engine says how long it took to
+build, and how much GPU memory it took. MODEL is a directory, such as gpu_models.py makes; weights are dummies.
+
+- With `--starts 2` there are two engines of each, `off` and `off-2`. What two of the same differ by, no number of
+  rounds takes away: the report compares all pairs, and the interval holds them all.
+- With `--one-process` all engines are in one process, built one after the other: a host that is slow for one process
+  and not for another then slows all alike. The first engine's time and memory hold what later ones find done. Else each
+  has a process; stock starts first, so that the others find Triton's kernels tuned, then `auto`, which times what it
+  chooses from alone, then the others at once.
+- With `--cpus`, once all have started, all their threads run on those CPUs alone.
+- `no_kernel=VLLM_GDN_PLUGIN_DECODE_KERNEL=0` is `auto` with that setting.
+
+Writes DIRECTORY/serve.json after each round, and serve.md and .png in the end, also when the time is over or with
+Ctrl-C. The engines share the GPU, so each needs the size of its KV cache, which must hold all requests: a GDN layer of
+Qwen3.5-27B keeps 3 MiB of float32 state for each. On a GPU host without a network, for vLLM 0.33:
+
+    --engine '{"attention_backend": "FLASH_ATTN", "gdn_prefill_backend": "triton", "gpu_memory_utilization": 0.01,
+    "kv_cache_memory_bytes": 4294967296, "max_model_len": 8448, "max_num_batched_tokens": 8448, "compilation_config":
+    {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]}}'
+
+Without a GPU: `--device cpu --strategy fused --engine '{"enforce_eager": true, "kv_cache_memory_bytes": 134217728}'`.
 """
 
 import argparse
@@ -45,15 +55,17 @@ from vllm_gdn_plugin.bench.engine import probe
 from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
 from vllm_gdn_plugin.bench.engine.serve import START, turns, verified
 from vllm_gdn_plugin.bench.engine.server import end_group
-from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
+from vllm_gdn_plugin.bench.engine.variants import BEFORE_NUMBER, OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
 from vllm_gdn_plugin.bench.shapes import count, counts
 from vllm_gdn_plugin.decide.plan import AUTO
 
 PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
-BEFORE_NUMBER = "-"
-"""Between a variant's name and the number of its start, from the second on."""
+SECONDS = 520
+"""For a call of ten minutes. vLLM 0.33.0 took 30 s to import there and 20 s to compile for each engine, without caches;
+three engines of 16 layers of Qwen3.5-35B-A3B were up after 190 s (a host with an H200 and cold disks)."""
+RESULT = "serve.json"
 BUILDS = "in_process.py builds "
 """Before the name of an engine, in the log of its process."""
 VOCABULARY = 256
@@ -61,10 +73,10 @@ VOCABULARY = 256
 HELPING = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
-    # Triton's cache is shared, with what was tuned, only where vLLM has no compile cache of its own for each engine.
-    "VLLM_DISABLE_COMPILE_CACHE": "1",
     "TRITON_CACHE_AUTOTUNING": "1",
 }
+UNLESS_SET = {"VLLM_DISABLE_COMPILE_CACHE": "1"}
+"""vLLM keeps Triton's cache, with what was tuned, in its compile cache of each engine: without that, all share one."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +89,21 @@ class Case:
     tokens: int
     repeat: int
 
-    def values(self, runs: Sequence[Sequence[float]]) -> dict[str, float]:
-        """The sample of one turn, from the seconds of each run at which tokens came."""
+    def at_once(self, runs: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether all requests got their first token in one step, and none waited for another later."""
+        return all(len(set(run["first"])) == 1 and run["steps"] <= self.tokens for run in runs)
+
+    def values(self, runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """The sample of one turn, from what :func:`work` says of each run."""
         if self.tokens == 1:
-            return {"ttft_ms": 1e3 * statistics.median(times[0] for times in runs)}
-        return {"tpot_ms": 1e3 * statistics.median((t[-1] - t[0]) / (len(t) - 1) for t in runs)}
+            return {"ttft_ms": 1e3 * statistics.median(run["first"][0] for run in runs)}
+        pairs = [list(zip(run["first"], run["last"], strict=True)) for run in runs]
+        tpot = [statistics.mean(last - first for first, last in run) / (self.tokens - 1) for run in pairs]
+        found = {"tpot_ms": 1e3 * statistics.median(tpot)}
+        if any(run["steps"] < self.tokens for run in runs):  # with speculation
+            steps = [(max(run["last"]) - run["first"][0]) / (run["steps"] - 1) for run in runs]
+            found["step_ms"] = 1e3 * statistics.median(steps)
+        return found
 
 
 @dataclass(frozen=True)
@@ -124,7 +146,7 @@ def engines(variants: Mapping[str, Mapping[str, str]], options: argparse.Namespa
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             line,
-            env={**os.environ, **HELPING},
+            env={**UNLESS_SET, **os.environ, **HELPING},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -143,6 +165,7 @@ def work(arguments: Sequence[str]) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what vLLM prints goes into the log
     model, engine, variants = arguments
     built: dict[str, Any] = {}
+    about: dict[str, dict[str, float]] = {}
     for name, settings in json.loads(variants).items():
         print(f"{BUILDS}{name}", flush=True)
         if built:
@@ -151,6 +174,7 @@ def work(arguments: Sequence[str]) -> None:
             os.environ.update(settings)
         from vllm import LLM, SamplingParams
 
+        before, began = memory(), time.perf_counter()
         built[name] = LLM(
             model,
             load_format="dummy",
@@ -159,6 +183,11 @@ def work(arguments: Sequence[str]) -> None:
             enable_prefix_caching=False,
             **json.loads(engine),
         )
+        about[name] = {"startup_s": time.perf_counter() - began}
+        about[name] |= {metric: value - before[metric] for metric, value in memory().items()}
+        if before:
+            runner = built[name].llm_engine.model_executor.driver_worker.model_runner
+            about[name]["model_mib"] = runner.model_memory_usage / probe.MIB
     gc.collect()
     gc.freeze()  # as the engine of a server does
 
@@ -166,29 +195,34 @@ def work(arguments: Sequence[str]) -> None:
         sampling = SamplingParams(
             temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False, logprobs=logprobs
         )
-        began, times = time.perf_counter(), []
-        last: dict[str, Any] = {}
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        answers: dict[str, Any] = {}
+        began, steps = time.perf_counter(), 0
         for number, prompt in enumerate(prompts):
             llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
         while llm.llm_engine.has_unfinished_requests():
             if outputs := llm.llm_engine.step():
-                times.append(time.perf_counter() - began)
-                last |= {output.request_id: output.outputs[0] for output in outputs}
-        if sorted(len(output.token_ids) for output in last.values()) != [tokens] * len(prompts):
+                now, steps = time.perf_counter() - began, steps + 1
+                for output in outputs:
+                    first.setdefault(output.request_id, now)
+                    last[output.request_id], answers[output.request_id] = now, output.outputs[0]
+        if sorted(len(one.token_ids) for one in answers.values()) != [tokens] * len(prompts):
             raise RuntimeError(f"{len(prompts)} prompts were not answered with {tokens} tokens each")
-        return times, [last[str(number)] for number in range(len(prompts))]
+        return {"first": list(first.values()), "last": [last[name] for name in first], "steps": steps}, answers
 
     for line in sys.stdin:
         asked = json.loads(line)
         llm = built[asked["engine"]]
-        if "memory" in asked:
-            found: Any = memory()
+        if "about" in asked:
+            found: Any = about[asked["engine"]]
         elif "cpus" in asked:
             for thread in os.listdir("/proc/self/task"):
                 os.sched_setaffinity(int(thread), asked["cpus"])
             found = None
         elif "probe" in asked:
-            _, (one,) = answer(llm, [probe.PROMPT], probe.ANSWER_TOKENS, logprobs=1)
+            _, answers_of = answer(llm, [probe.PROMPT], probe.ANSWER_TOKENS, logprobs=1)
+            one = answers_of["0"]
             tokens = list(one.token_ids)
             found = tokens, [step[token].logprob for token, step in zip(tokens, one.logprobs, strict=True)]
         else:
@@ -201,19 +235,39 @@ def work(arguments: Sequence[str]) -> None:
 
 
 def memory() -> dict[str, float]:
-    """What PyTorch's allocator has given out and what it holds, once all that it need not hold is freed."""
+    """What PyTorch's allocator has given out and what it holds, once all that it need not hold is freed; nothing on a
+    CPU."""
     import torch
 
     if not torch.cuda.is_available():
         return {}
+    gc.collect()
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     return {"allocated_mib": allocated / probe.MIB, "reserved_mib": reserved / probe.MIB}
 
 
+class TimeIsOver(Exception):
+    """The seconds of the whole measurement."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeIsOver in the body, whatever it waits for, when so many seconds are over."""
+
+    def end(signum: int, frame: object) -> None:
+        raise TimeIsOver
+
+    signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) -> None:
-    """Add the samples of rounds to the run, until there are enough or the time is over. Raises BenchError."""
-    end = time.monotonic() + 60 * options.minutes
+    """Add the samples of rounds to the run until there are enough, and keep them after each. Raises BenchError."""
     with ExitStack() as kept:
         known: dict[str, Engine] = {}
         stock: Any = None
@@ -227,27 +281,27 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
                 stock = stock or found
                 if name != OFF:
                     run.verified[name] = verified(name, stock, found)
-                if line := require_at_work(name.partition(BEFORE_NUMBER)[0], this.log()):
+                if line := require_at_work(name, this.log()):
                     run.said[name] = line
+                run.add(0, name, START, this.ask({"about": True}))
             known |= started
-        for this in known.values():  # each case once, untimed
-            for case in cases:
-                this.ask(vars(case) | {"seed": 0, "repeat": 1})
-        for name, this in known.items():
-            if options.cpus:
+        fitting = []
+        for case in cases:  # each once, untimed
+            ran = [this.ask(vars(case) | {"seed": 0, "repeat": 1}) for this in known.values()]
+            if case.tokens == 1 or all(map(case.at_once, ran)):
+                fitting.append(case)
+            else:
+                run.load += f"; {case.name} left out: not all requests ran at once (kv_cache_memory_bytes)"
+        if options.cpus:
+            for this in known.values():
                 this.ask({"cpus": options.cpus})
-            if not options.one_process and (found := this.ask({"memory": True})):
-                run.add(0, name, START, found)
         for number, turn in groupby(turns(run), key=itemgetter(0)):
             names = [name for _, name in turn]
-            for n, case in enumerate(cases):
-                if time.monotonic() > end:
-                    run.stopped = "the time was over"
-                    return
+            for n, case in enumerate(fitting):
                 seed = 1 + number * len(cases) + n  # new prompts in each round, the same for each engine
                 for name in names:
-                    found = known[name].ask(vars(case) | {"seed": seed})
-                    run.add(number, name, case.name, case.values(found))
+                    run.add(number, name, case.name, case.values(known[name].ask(vars(case) | {"seed": seed})))
+            run.save(options.directory / RESULT)
 
 
 def groups(names: Sequence[str], one_process: bool) -> list[list[list[str]]]:
@@ -282,10 +336,10 @@ def main(arguments: Sequence[str]) -> int:
             options.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"{options.directory} cannot be made: {error.strerror}") from error
-        cases = [
+        decode = [
             Case(f"concurrency {n}", n, PROMPT_TOKENS, options.output_len, options.repeat) for n in options.concurrency
         ]
-        cases += [Case(f"{n} in", 1, n, 1, options.first_tokens) for n in options.input_len]
+        cases = [*decode, *(Case(f"{n} in", 1, n, 1, options.repeat) for n in options.input_len)]
         run = EngineRun(
             kind=SERVE,
             command=shlex.join(["python", "benchmarks/in_process.py", *arguments]),
@@ -293,24 +347,27 @@ def main(arguments: Sequence[str]) -> int:
             rounds=options.rounds,
             model=Path(options.model).name,
             vllm_arguments=[],
-            variants=started_often(variants(options.strategy.split(",")), options.starts),
+            variants=options.variants,
             machine=describe_machine(options.device),
             load=f"engines in {'one process' if options.one_process else 'processes of their own'}, no server, stepped"
-            f" in turn while the others are idle; TPOT: {options.repeat} times {options.output_len} tokens for each of"
-            f" the requests at once, after prompts of {PROMPT_TOKENS}; TTFT: {options.first_tokens} prompts, one"
-            " at a time, from its arrival to its token"
+            f" in turn while the others are idle; TPOT: {options.output_len} tokens for each of the requests at once,"
+            f" after prompts of {PROMPT_TOKENS}; TTFT: a prompt from its arrival to its token; each {options.repeat}"
+            f" times in a turn; vLLM's LLM({json.dumps(options.engine)})"
             + (f"; each engine on CPUs {', '.join(map(str, options.cpus))}" if options.cpus else ""),
         )
         try:
-            measure(run, cases, options)
+            with at_most(options.seconds):
+                measure(run, cases, options)
+        except TimeIsOver:
+            run.stopped = f"{options.seconds} seconds were over"
         except KeyboardInterrupt:
             run.stopped, status = "interrupted", EXIT_INTERRUPTED
         except BenchError as wrong:
             run.stopped, status = str(wrong), wrong.exit_code
             print(f"in_process.py: {wrong}", file=sys.stderr)
         if not run.is_empty():
-            run.save(options.directory / "serve.json")
-            write_report(options.directory / "serve.json")
+            run.save(options.directory / RESULT)
+            write_report(options.directory / RESULT)
     except BenchError as wrong:
         print(f"in_process.py: {wrong}", file=sys.stderr)
         return wrong.exit_code
@@ -321,25 +378,25 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--strategy", metavar="NAME,...", default="auto", help="beside stock; default auto")
-    parser.add_argument("--rounds", default="10", help="default 10")
-    parser.add_argument("--concurrency", metavar="N,...", default="1,2,4,8,16", help="default 1,2,4,8,16")
-    parser.add_argument("--output-len", default="64", help="tokens of each answer; default 64")
-    parser.add_argument("--repeat", default="4", help="answers of each request in a turn; default 4")
-    parser.add_argument("--input-len", metavar="N,...", default="8,512,8192", help="default 8,512,8192")
-    parser.add_argument("--first-tokens", default="10", help="prompts of each length in a turn; default 10")
+    parser.add_argument("--strategy", metavar="NAME[=SETTING=VALUE],...", default=AUTO, help="beside stock")
     parser.add_argument("--starts", default="1", help="engines of each; default 1")
-    parser.add_argument("--minutes", type=float, default=60.0, help="from the first start; no case begins after them")
+    parser.add_argument("--seconds", default=str(SECONDS), help=f"for all of it; default {SECONDS}")
+    parser.add_argument("--rounds", default="10000", help="default 10000: until the seconds are over")
+    parser.add_argument("--concurrency", metavar="N,...", default="1,2,4,8,16,32", help="default 1,2,4,8,16,32")
+    parser.add_argument("--output-len", default="16", help="tokens of each answer; default 16")
+    parser.add_argument("--input-len", metavar="N,...", default="8,512,1024,8192", help="default 8,512,1024,8192")
+    parser.add_argument("--repeat", default="1", help="times of each case in a turn; default 1")
     parser.add_argument("--cpus", metavar="N,...", default="", help="numbers of CPUs; default: as the system has it")
     parser.add_argument("--one-process", action="store_true", help="all engines in one; default: each in its own")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--engine", metavar="JSON", required=True, help="arguments of vLLM's LLM; see above")
     options = parser.parse_args(arguments)
     try:
-        for name in ("rounds", "starts", "output_len", "repeat", "first_tokens"):
+        for name in ("rounds", "starts", "seconds", "output_len", "repeat"):
             setattr(options, name, count(f"--{name.replace('_', '-')}", getattr(options, name)))
         options.concurrency = counts("--concurrency", options.concurrency)
         options.input_len = counts("--input-len", options.input_len)
+        options.variants = started_often(variants(options.strategy.split(",")), options.starts)
     except BenchError as wrong:
         parser.error(str(wrong))
     if options.output_len < 2:

@@ -30,12 +30,13 @@ from typing import Any
 from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import BadInput, BenchError
 from vllm_gdn_plugin.bench.results import Machine, read
-from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, REQUESTS
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED
 
 TITLES = {OFF: "stock"}
 CATEGORY = {"cuda": "kernel", "cpu": "cpu_op"}
 PROMPT_TOKENS, WARM_UP_TOKENS, TRACED_TOKENS = 32, 8, 33
 ABOUT = "record.json"
+TRACE = ".trace.json.gz"
 NEIGHBOURS = 14
 """Kernels that `list --match` shows on either side."""
 
@@ -130,10 +131,9 @@ def times_of(section: Sequence[Kernel], parts: dict[str, re.Pattern[str]]) -> di
 def sections(options: argparse.Namespace) -> None:
     about = read(options.directory / ABOUT)
     found: dict[str, dict[str, list[float]]] = {}
-    for variant in (OFF, *REQUESTS):
-        if not (trace := trace_path(options.directory, variant)).exists():
-            continue
-        kernels = kernels_of(trace)
+    traced = sorted(options.directory.glob(f"*{TRACE}"), key=lambda trace: (trace.name != f"{OFF}{TRACE}", trace.name))
+    for trace in traced:
+        variant, kernels = trace.name.removesuffix(TRACE), kernels_of(trace)
         places = sections_of(kernels, options.first, options.last)
         times = [times_of(kernels[first : last + 1], dict(options.parts)) for first, last in places]
         found[variant] = {label: [time[label] for time in times] for label in times[0]}
@@ -174,7 +174,7 @@ def table_of(about: dict[str, Any], found: dict[str, dict[str, list[float]]]) ->
 
 
 def trace_path(directory: Path, variant: str) -> Path:
-    return directory / f"{variant}.trace.json.gz"
+    return directory / f"{variant}{TRACE}"
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, list[Kernel]]]:
