@@ -5,12 +5,13 @@ import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from traceback import extract_tb
 from typing import Any
 
 import vllm_gdn_plugin
-from vllm_gdn_plugin import host
-from vllm_gdn_plugin.decide.plan import SERIAL
+from vllm_gdn_plugin.decide.plan import SERIAL, LayerFacts
+from vllm_gdn_plugin.host import process
 from vllm_gdn_plugin.settings import Settings
 
 
@@ -18,65 +19,59 @@ class Refused(RuntimeError):
     """The plugin steps aside; under VLLM_GDN_PLUGIN_STRICT=1 this stops the engine."""
 
 
+@dataclass
+class Record:
+    """What is known of one layer of this process."""
+
+    layer: Callable[[], Any]
+    """A weak reference: an engine that failed to load must not be kept in memory."""
+    facts: LayerFacts | None = None
+    sizes: tuple[int, ...] = ()
+    """Captured numbers of tokens that are to be timed."""
+    strategy: str = SERIAL
+    rows: int = 0
+    """Of the weight of a fused layer."""
+    loading: bool = False
+    """Its weights are still to come."""
+    told: bool = False
+
+
 class Ledger:
-    """The strategies of this process's layers by name, and which layers are not yet loaded or reported."""
+    """The layers of this process by name, what each runs with, and which are not yet loaded or reported."""
 
     def __init__(self) -> None:
-        self.layers: dict[str, Callable[[], Any]] = {}
-        """Weak references, by name."""
-        self.strategies: dict[str, str] = {}
-        self.paddings: dict[str, int] = {}
-        """Outputs that a compiled graph has for nothing: how many depends on what else is done with a layer."""
-        self.loading: set[str] = set()
-        self.pending: set[str] = set()
+        self.records: dict[str, Record] = {}
 
-    def construct(self, layer: Any) -> None:
+    def construct(self, layer: Any) -> Record:
         """A layer has been constructed, and is serial until it is planned.
 
         An engine has one layer of a name. So another engine begins in this process where the name is known, and what
         an earlier one has left, unfinished if it failed to load, is none of its business; nor are layers that are gone.
         """
-        if layer.prefix in self.layers:
-            self.__init__()  # type: ignore[misc]
-        for name in [name for name, known in self.layers.items() if known() is None]:
-            self.forget(name)
-        self.layers[layer.prefix] = weakref.ref(layer)
-        self.record(layer.prefix, SERIAL)
+        known = {} if layer.prefix in self.records else self.records
+        self.records = {name: record for name, record in known.items() if record.layer() is not None}
+        record = self.records[layer.prefix] = Record(weakref.ref(layer))
+        return record
 
-    def forget(self, layer_name: str) -> None:
-        """A layer is gone, with the engine that it was a part of."""
-        del self.layers[layer_name], self.strategies[layer_name], self.paddings[layer_name]
-        self.loading.discard(layer_name)
-        self.pending.discard(layer_name)
-
-    def record(self, layer_name: str, strategy: str, padding: int = 0) -> None:
-        """A layer has been planned. One that is not serial is finished once its weights are in place."""
-        self.strategies[layer_name], self.paddings[layer_name] = strategy, padding
-        self.pending.add(layer_name)
-        if strategy == SERIAL:
-            self.loading.discard(layer_name)
-        else:
-            self.loading.add(layer_name)
-
-    def finish(self, layer_name: str, strategy: str) -> None:
-        """A layer's weights are in place, and this is what it runs with."""
-        self.strategies[layer_name] = strategy
-        self.loading.discard(layer_name)
+    @property
+    def loading(self) -> bool:
+        """Whether weights of some layer are still to come."""
+        return any(record.loading for record in self.records.values())
 
     def summary(self) -> str:
-        """``dual_stream on 30 of 30 GDN layers``, once for an engine, when its last layer is finished; else empty."""
+        """``dual_stream on 30 of 30 GDN layers``, once for an engine, when its last layer is loaded; else empty."""
         if self.loading:
             return ""
-        strategies = [self.strategies[name] for name in self.pending]
-        self.pending = set()
+        news = [record for record in self.records.values() if not record.told]
+        for record in news:
+            record.told = True
+        strategies = [record.strategy for record in news]
         used = sorted({strategy for strategy in strategies if strategy != SERIAL})
         return ", ".join(f"{s} on {strategies.count(s)} of {len(strategies)} GDN layers" for s in used)
 
     def state(self) -> str:
-        """Which layers run with what, and how wide: part of vLLM's compile-cache keys."""
-        plans = sorted(
-            (name, strategy, self.paddings[name]) for name, strategy in self.strategies.items() if strategy != SERIAL
-        )
+        """Which layers run with what: part of vLLM's compile-cache keys."""
+        plans = sorted((name, r.strategy, r.rows) for name, r in self.records.items() if r.strategy != SERIAL)
         if not plans:
             return "stock"
         used = "+".join(sorted({strategy for _, strategy, _ in plans}))
@@ -120,7 +115,7 @@ def warn_once(what: str, reason: str) -> None:
     """
     if what not in _said:
         _said.add(what)
-        if _answers_yes(host.is_first_rank_of_stage):
+        if _answers_yes(process.is_first_rank_of_stage):
             _log("warning", f"{what}: {reason}")
 
 
@@ -146,6 +141,6 @@ def _answers_yes(speaks: Callable[[], bool]) -> bool:
 
 def _logger() -> logging.Logger:
     try:
-        return host.logger()
+        return process.logger()
     except Exception:
-        return logging.getLogger(host.LOGGER)
+        return logging.getLogger(process.LOGGER)

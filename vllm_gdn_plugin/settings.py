@@ -9,9 +9,6 @@ from vllm_gdn_plugin.decide.plan import REQUESTS
 
 PREFIX = "VLLM_GDN_PLUGIN_"
 
-DEFAULT_MAX_TOKENS = 1024
-"""Above this number of tokens in a batch the wide projection fills the GPU and there is nothing left to overlap."""
-
 
 def _strategy(text: str) -> str:
     if text.lower() in REQUESTS:
@@ -35,10 +32,13 @@ def _switch(text: str) -> bool:
     raise ValueError("1 or 0")
 
 
-def _count(text: str) -> int:
-    if text.isascii() and text.isdigit() and len(text) <= 9:
-        return int(text)
-    raise ValueError("a whole number of tokens from 0 to 999999999")
+def _auto_or_switch(text: str) -> str:
+    if text.lower() == "auto":
+        return "auto"
+    try:
+        return str(int(_switch(text)))
+    except ValueError:
+        raise ValueError("auto, 1 or 0") from None
 
 
 def _setting(default: Any, parse: Callable[[str], Any], help: str) -> Any:
@@ -54,16 +54,15 @@ class Settings:
         _strategy,
         "auto: the fastest safe one for each layer; fused; dual_stream; serial: stock vLLM, untouched",
     )
-    max_tokens: int = _setting(
-        DEFAULT_MAX_TOKENS,
-        _count,
-        "dual_stream overlaps batches of up to this many tokens, and auto times none that is larger; 0: none at all",
+    decode_kernel: str = _setting(
+        "auto",
+        _auto_or_switch,
+        "one kernel for a layer's decode; auto: where it is right and timed faster; 1: wherever it is right; 0: off",
     )
     tune: bool = _setting(
         True,
         _switch,
-        "1: where the rules leave auto a choice, it times the ways on this GPU at the first start, for the batch sizes"
-        " of vLLM's CUDA graphs; 0: it goes by the rules alone",
+        "1: at the first start on a GPU, auto times what it may choose from; 0: it goes by rules alone",
     )
     allow_untested: bool = _setting(False, _switch, "1: try a vLLM newer than the supported range")
     strict: bool = _setting(False, _switch, "1: stop the engine instead of stepping aside")

@@ -33,7 +33,7 @@ HELPERS = {
     "vllm.envs": ("environment_variables", "compile_factors"),
     "vllm.forward_context": ("get_forward_context", "ForwardContext.no_compile_layers"),
     "vllm.logger": ("init_logger",),
-    "vllm.model_executor.custom_op": ("PluggableLayer.register_oot", "op_registry_oot"),
+    "vllm.model_executor.custom_op": ("PluggableLayer.__new__", "op_registry_oot"),
     "vllm.model_executor.layers.linear": ("UnquantizedLinearMethod.apply", "MergedColumnParallelLinear"),
     "vllm.model_executor.layers.quantization.base_config": ("QuantizeMethodBase.process_weights_after_loading",),
     "vllm.utils.torch_utils": (
@@ -55,14 +55,8 @@ SIGNATURES = (["self", "hidden_states"], ["self", "hidden_states", "output"])
 SHAPE_ONLY = ("size", "shape", "dtype", "device")
 """What the stock body may use of ``hidden_states`` besides giving it to the projections."""
 
-UPSTREAM_OVERLAP = (
-    "gdn_in_proj",
-    "maybe_execute_in_parallel",
-    "execute_in_parallel",
-    "aux_stream",
-    "in_proj_qkvzba",
-)
-"""Names that appear in the layer when vLLM itself overlaps or fuses the projections."""
+UPSTREAM_OVERLAP = ("gdn_in_proj", "maybe_execute_in_parallel", "execute_in_parallel", "in_proj_qkvzba", "in_proj")
+"""What ``forward_cuda`` hands ``hidden_states`` to when vLLM itself overlaps or fuses the projections."""
 
 LORA_PROJECTION = "in_proj_qkv"
 """0.20 has a branch ``if hasattr(self, "in_proj_qkv")`` for LoRA; the plugin never takes it."""
@@ -120,7 +114,8 @@ def check_contract(package: "Traversable") -> Contract:
             return Contract(module, class_name, (f"there is {found} class {class_name} in {module}{renamed}",))
         breaches = _layer_breaches(classes[0])
         superseded = _overlaps_by_itself(classes[0])
-        return Contract(module, class_name, (*breaches, *_missing_helpers(package)), superseded)
+        breaches += [*_missing_helpers(package), *_construction_breaches(package)]
+        return Contract(module, class_name, tuple(breaches), superseded)
     except UNREADABLE as error:
         why = f"{type(error).__name__}: {error}"
         return Contract(module, class_name, (f"the source of {module} cannot be read: {why}",))
@@ -184,6 +179,8 @@ def _layer_breaches(layer: ast.ClassDef) -> list[str]:
             breaches.append(f"{name} is not one plain method")
     if not any(ast.unparse(d).startswith("PluggableLayer.register(") for d in layer.decorator_list):
         breaches.append(f"{layer.name} is not registered as a PluggableLayer")
+    if any("__new__" in _definitions(ast.Module([n], [])) for n in layer.body):
+        breaches.append(f"{layer.name} has a __new__ of its own")
     if "forward_cuda" not in methods:
         breaches.append(f"{layer.name} has no method forward_cuda")
     elif not any(_uses(m, "forward_cuda") for n, m in methods.items() if n in ("__init__", "forward")):
@@ -327,13 +324,21 @@ def _uses(code: ast.AST, attribute: str) -> bool:
 
 
 def _overlaps_by_itself(layer: ast.ClassDef) -> bool:
-    """Whether the layer names a means of overlapping or fusing the projections.
+    """Whether ``forward_cuda``, on its main path, hands the input to something that overlaps or fuses the projections,
+    or calls one of them on a stream of its own. What it overlaps after them is not the plugin's business."""
+    forward = [n for n in layer.body if isinstance(n, ast.FunctionDef) and n.name == "forward_cuda"]
+    for node in (node for f in forward for top in _main_path(f.body) for node in ast.walk(top)):
+        if isinstance(node, ast.Call) and _last_name(node.func) in UPSTREAM_OVERLAP:
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            if any("hidden_states" in _names(argument) for argument in given):
+                return True
+        if isinstance(node, ast.With) and any("stream" in ast.unparse(item).lower() for item in node.items):
+            return any(_is_call_of(inner, name) for inner in ast.walk(node) for name in PROJECTIONS)
+    return False
 
-    A single ``self.in_proj`` counts only where the two projections are gone from ``forward_cuda``.
-    """
-    forward = [_names(n) for n in layer.body if isinstance(n, ast.FunctionDef) and n.name == "forward_cuda"]
-    merged = any("in_proj" in names and not names & set(PROJECTIONS) for names in forward)
-    return merged or bool(_names(layer) & set(UPSTREAM_OVERLAP))
+
+def _last_name(function: ast.expr) -> str:
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
 def _names(code: ast.AST) -> set[str]:
@@ -342,3 +347,19 @@ def _names(code: ast.AST) -> set[str]:
         for n in ast.walk(code)
         if isinstance(n, (ast.Attribute, ast.Name))
     }
+
+
+def _construction_breaches(package: "Traversable") -> Iterator[str]:
+    """How vLLM makes a pluggable layer: of the class that the registry holds for its name, else of its own."""
+    module = "vllm.model_executor.custom_op"
+    classes = [n for n in _parse(package, module).body if isinstance(n, ast.ClassDef) and n.name == "PluggableLayer"]
+    for new in (n for c in classes for n in c.body if isinstance(n, ast.FunctionDef) and n.name == "__new__"):
+        returned = [ast.unparse(n.value) for n in ast.walk(new) if isinstance(n, ast.Return) and n.value]
+        as_expected = (
+            ast.unparse(new.args) == "cls, *args, **kwargs"
+            and {"op_registry_oot", "__name__"} <= _names(new)
+            and len(returned) == 1
+            and returned[0].startswith("super().__new__(")
+        )
+        if not as_expected:
+            yield f"{module}.PluggableLayer.__new__ does not look a layer's class up by its name and make one of it"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from vllm_gdn_plugin.decide.contract import Contract
 from vllm_gdn_plugin.decide.plan import SERIAL, platform_plan
@@ -39,28 +39,25 @@ def decide(
     vllm_version: str,
     contract: Contract,
     platform: Callable[[], str],
-    holder: Callable[[str], Any] = lambda class_name: None,
 ) -> Decision:
-    """Version, contract, a free place, platform: the first that does not hold decides.
+    """Version, contract, platform: the first that does not hold decides.
 
     Args:
         vllm_version: ``vllm.__version__``.
         contract: what the check of the host's source found.
         platform: names the host's platform; only called where the contract holds.
-        holder: the class another plugin has registered in place of the host's, or None.
     """
     verdict = judge_version(vllm_version, settings.allow_untested)
     why = refusal(verdict, contract)
     if why is not None:
         return Decision("refused", SERIAL, why)
-    other = holder(contract.class_name or "")
-    if other is not None:
-        name = f"{other.__module__}.{other.__qualname__}"
-        return Decision(
-            "refused",
-            SERIAL,
-            f"{name} already replaces {contract.class_name}: vLLM allows one replacement;"
-            " leave one of the two plugins out of VLLM_PLUGINS",
-        )
     chosen = platform_plan(platform(), settings.strategy)
     return Decision("serial" if chosen.strategy == SERIAL else "active", chosen.strategy, chosen.reason)
+
+
+def held_by(holder: str) -> str:
+    """Why the plugin steps aside where another plugin's class ``holder`` replaces the layer, and what to do."""
+    return (
+        f"{holder} of another plugin replaces the GDN layer, and vLLM allows one replacement;"
+        " to use this plugin, leave the other one out of VLLM_PLUGINS"
+    )

@@ -1,4 +1,4 @@
-"""Which strategy a GDN layer gets, and why: pure functions from facts to a plan."""
+"""Which strategy the projections of a GDN layer get, and why: pure functions from facts to a plan."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,25 +9,6 @@ FUSED = "fused"
 DUAL_STREAM = "dual_stream"
 SERIAL = "serial"
 AUTO = "auto"
-NARROW_KERNEL = "narrow_kernel"
-"""dual_stream with a kernel of the plugin's own for ``in_proj_ba`` (:mod:`vllm_gdn_plugin.run.narrow`). It rounds
-differently from cuBLAS's, so only ``auto`` takes it, where it was timed as faster."""
-
-ROW_ALIGNMENT = 16
-"""The outputs of the one GEMM are padded to a multiple of this many: the consumers' Triton kernels load vectors only
-where the row stride is divisible by 16."""
-
-PADDED_TO = {f"fused_to_{multiple}": multiple for multiple in (128, 256, 512)}
-"""fused with a GEMM of some more rows, to a multiple of so many: on an NVIDIA H200 it takes from 0.84 to 1.29 times as
-long, by shape and number of tokens (benchmarks/NOTES.md), so only ``auto`` takes it, where it was timed as faster. The
-rows read in addition are those of the next layer's weight; what they give is not used."""
-
-MOST_PADDING = 0.04
-"""By at most this share of the rows."""
-
-NARROW_KERNEL_MAX_TOKENS = 8
-"""With 16, it gained 1 % nowhere beside an FP8 ``in_proj_qkvz`` on an NVIDIA H200, and lost up to 11 %
-(benchmarks/NOTES.md)."""
 
 STRATEGIES = (FUSED, DUAL_STREAM, SERIAL)
 """What a layer can be run with."""
@@ -52,7 +33,7 @@ class ProjectionFacts:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """All that the plan for one GDN layer, and the times of the ways to run it, depend on."""
+    """All that the plan for one GDN layer depends on."""
 
     platform: str
     qkvz: ProjectionFacts
@@ -65,10 +46,8 @@ class LayerFacts:
     """Weights are kept on, or fetched from, the CPU: they move while the engine runs."""
     weights_in_place: bool = True
     """Both weights lie on the device that computes, so they can become one storage before they are loaded."""
-    breakable_graphs: bool = False
-    """vLLM captures breakable CUDA graphs, which cannot record a fork and join across their breaks."""
-    overlap_allowed: bool = True
-    """``VLLM_GDN_PLUGIN_MAX_TOKENS`` is not 0: there are batches that dual_stream may overlap."""
+    ubatching: bool = False
+    """vLLM splits a batch in two and runs them in two threads (dual batch overlap)."""
     quantization: str = ""
     """Digest of the checkpoint's quantisation config: with another, a linear method may run other kernels. Only for the
     times; no rule asks for it."""
@@ -135,8 +114,8 @@ FUSED_RULES = (
 DUAL_STREAM_RULES = (
     *COMMON_RULES,
     Rule(
-        "their kernels share no scratch memory",
-        lambda f: f.platform != "cuda" or share_no_scratch(f.qkvz.linear_method, f.ba.linear_method),
+        "`in_proj_ba` is unquantised, and `in_proj_qkvz` shares no scratch memory with it",
+        lambda f: share_no_scratch(f.qkvz.linear_method, f.ba.linear_method),
         lambda f: (
             f"{f.qkvz.linear_method} and {f.ba.linear_method} are not known to be safe side by side:"
             " kernels that share scratch memory corrupt each other on two streams"
@@ -151,16 +130,21 @@ DUAL_STREAM_RULES = (
         ),
     ),
     Rule(
-        "they are not breakable CUDA graphs",
-        lambda f: not f.breakable_graphs or f.platform != "cuda",
-        lambda f: "VLLM_USE_BREAKABLE_CUDAGRAPH is on: such graphs cannot record two streams",
+        "no CPU offload",
+        lambda f: not f.offload,
+        lambda f: "weights are offloaded to the CPU, and move while the engine runs",
     ),
     Rule(
-        "`VLLM_GDN_PLUGIN_MAX_TOKENS` is not 0",
-        lambda f: f.overlap_allowed,
-        lambda f: "VLLM_GDN_PLUGIN_MAX_TOKENS=0 leaves no batch to overlap",
+        "no dual batch overlap (`--enable-dbo`)",
+        lambda f: not f.ubatching,
+        lambda f: "dual batch overlap (--enable-dbo) runs the layer in two threads that share the second stream",
     ),
 )
+
+RULES: dict[str, tuple[Rule, ...]] = {FUSED: FUSED_RULES, DUAL_STREAM: DUAL_STREAM_RULES}
+"""What each strategy needs, fastest first: ``auto`` takes the first whose rules all hold."""
+
+SERIAL_REASON = "serial was asked for: vLLM runs as it is"
 
 
 def plan(facts: LayerFacts, request: str) -> Plan:
@@ -182,47 +166,6 @@ def plan(facts: LayerFacts, request: str) -> Plan:
             if refusal not in refusals:
                 refusals.append(refusal)
     return Plan(SERIAL, "; ".join(refusals))
-
-
-def choices(facts: LayerFacts) -> tuple[str, ...]:
-    """The ways between which ``auto`` may choose by their times, the planned strategy first; none where serial is all
-    there is, without CUDA graphs of a size to time, or where a weight may lie on the CPU when it would be timed."""
-    if facts.platform != "cuda" or not facts.cuda_graphs or not facts.overlap_allowed or facts.offload:
-        return ()
-    allowed = [strategy for strategy, rules in RULES.items() if all(rule.holds(facts) for rule in rules)]
-    if allowed == [DUAL_STREAM] and not facts.batch_invariant:
-        allowed.append(NARROW_KERNEL)
-    if FUSED in allowed:
-        allowed = [*rows_by_way(facts.qkvz.output_size + facts.ba.output_size), *allowed[1:]]
-    return (*allowed, SERIAL) if allowed else ()
-
-
-def padded(rows: int, multiple: int) -> int:
-    """The least multiple from ``rows`` on."""
-    return rows + -rows % multiple
-
-
-def rows_by_way(outputs: int) -> dict[str, int]:
-    """How many rows the one GEMM has that gives so many outputs, by the ways to run it: ``fused`` first, then each of
-    :data:`PADDED_TO` that has more, but not too many."""
-    found = {FUSED: padded(outputs, ROW_ALIGNMENT)}
-    for way, multiple in PADDED_TO.items():
-        rows = padded(outputs, multiple)
-        if max(found.values()) < rows <= outputs * (1 + MOST_PADDING):
-            found[way] = rows
-    return found
-
-
-def choices_at(ways: tuple[str, ...], num_tokens: int) -> tuple[str, ...]:
-    """Those of ``ways`` that there are for batches of this size."""
-    return tuple(way for way in ways if way != NARROW_KERNEL or num_tokens <= NARROW_KERNEL_MAX_TOKENS)
-
-
-RULES: dict[str, tuple[Rule, ...]] = {FUSED: FUSED_RULES, DUAL_STREAM: DUAL_STREAM_RULES}
-"""What each strategy needs, fastest first: ``auto`` takes the first whose rules all hold."""
-
-
-SERIAL_REASON = "serial was asked for: vLLM runs as it is"
 
 
 def nothing_to_gain(platform: str) -> str:

@@ -1,10 +1,14 @@
-"""The custom ops that project the input of a GDN layer: ``gdn_in_proj_fork`` and ``gdn_in_proj_join`` around vLLM's own
-``in_proj_qkvz``, and ``gdn_fused_in_proj``.
+"""``in_proj_ba`` on a second CUDA stream: the custom ops ``gdn_in_proj_fork`` and ``gdn_in_proj_join``.
+
+They lie around vLLM's own ``in_proj_qkvz``, which stays what it is in stock vLLM, a part of the compiled graph.
 
 Importing this module registers them. They lie in a library of our own: vLLM may one day have ops of these names.
-All take the layer's key in the forward context. As a ``LayerName`` it is an input of the compiled graph, so that
+Both take the layer's key in the forward context. As a ``LayerName`` it is an input of the compiled graph, so that
 all layers share one artifact; as a string it would make one artifact per layer (the reason for which vLLM undid its
 first such op: vLLM #38152).
+
+The two streams overlap only while a CUDA graph is captured. Elsewhere fork and join would cost the CPU more time than
+they hide, so there the ops ask one question, whether a capture is on, and the narrow GEMM follows the wide one.
 """
 
 import threading
@@ -12,12 +16,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from vllm.utils.torch_utils import LayerNameType, aux_stream, direct_register_custom_op
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, aux_stream, direct_register_custom_op
 
-from vllm_gdn_plugin import host
-from vllm_gdn_plugin.decide.plan import FUSED, NARROW_KERNEL, SERIAL
-from vllm_gdn_plugin.decide.scratch import StaysSerial, stays_serial
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL
+from vllm_gdn_plugin.host.layers import layer_by_name
+from vllm_gdn_plugin.host.streams import breakable_capture
 from vllm_gdn_plugin.report import unexpected, warn_once
+
+MOST_TOKENS = 1024
+"""Above this number of tokens in a batch the wide projection fills the GPU and there is nothing left to overlap."""
+
+RAN_SERIALLY = "dual_stream runs serially in a CUDA graph"
 
 _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
 
@@ -25,7 +34,6 @@ _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
 class Fork(NamedTuple):
     """A point of the current stream after which the auxiliary stream may compute ``in_proj_ba``."""
 
-    layer_name: str
     address: int
     """Of ``hidden_states``, which is there by then."""
     stream: torch.cuda.Stream
@@ -42,6 +50,16 @@ _open = _Open()
 """The fork of this thread that has not been joined yet."""
 
 
+def project_side_by_side(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both projections of ``hidden_states`` (num_tokens, hidden_size), ``in_proj_ba`` beside ``in_proj_qkvz``."""
+    ops, name = torch.ops.vllm_gdn_plugin, _encode_layer_name(layer.prefix)
+    ops.gdn_in_proj_fork(hidden_states, name)
+    qkvz, _ = layer.in_proj_qkvz(hidden_states)
+    ba = layer.in_proj_ba
+    weight = ba.weight.t() if layer.gdn.plain_gemm else None
+    return qkvz, ops.gdn_in_proj_join(hidden_states, qkvz, weight, ba.output_size_per_partition, name)
+
+
 def gdn_in_proj_fork(hidden_states: torch.Tensor, layer_name: LayerNameType) -> None:
     """Where the layer's two projections are to run side by side, mark that ``hidden_states`` is there.
 
@@ -55,19 +73,25 @@ def gdn_in_proj_fork(hidden_states: torch.Tensor, layer_name: LayerNameType) -> 
     A failure to find the layer passes through, as in vLLM's own GDN op, which looks it up in the same way. Should
     anything else fail, the projections run serially, and a line says why once.
     """
-    layer = host.layer_by_name(layer_name)
-    _open.fork = fork(layer, hidden_states)
+    on_cuda = hidden_states.is_cuda and torch.version.hip is None
+    capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+    _open.fork = fork(layer_by_name(layer_name), hidden_states) if capturing else None
 
 
 def gdn_in_proj_join(
-    hidden_states: torch.Tensor, qkvz: torch.Tensor, ba_size: int, layer_name: LayerNameType
+    hidden_states: torch.Tensor,
+    qkvz: torch.Tensor,
+    weight: torch.Tensor | None,
+    ba_size: int,
+    layer_name: LayerNameType,
 ) -> torch.Tensor:
-    """Project ``hidden_states`` with the layer's ``in_proj_ba``, beside what has been enqueued since the fork; with the
-    plugin's own kernel where that was timed as faster.
+    """Project ``hidden_states`` with the layer's ``in_proj_ba``, beside what has been enqueued since the fork.
 
     Args:
         hidden_states: (num_tokens, hidden_size), in the model's dtype, what the fork was given.
         qkvz: what ``in_proj_qkvz`` gave. It is not read: it has to be enqueued before.
+        weight: (hidden_size, ba_size), that of ``in_proj_ba``; None where vLLM does not multiply by ``F.linear``
+            (batch invariance, a CPU that has packed the weight): then the layer's own module is called.
         ba_size: ``in_proj_ba.output_size_per_partition``.
         layer_name: the layer's key in the forward context.
 
@@ -75,54 +99,31 @@ def gdn_in_proj_join(
         (num_tokens, ba_size), contiguous, in the dtype of ``hidden_states``.
 
     What the projection raises, an out-of-memory say, passes through; so does a failure to find the layer. Should the
-    auxiliary stream not get to the fork, the fork be of another tensor, or the plugin's kernel fail, the call does
-    without, and a line says why once.
+    auxiliary stream not get to the fork, or the fork be of another tensor, the call does without, and a line says why.
     """
-    layer = host.layer_by_name(layer_name)
     forked, _open.fork = _open.fork, None
-    if forked is not None and (forked.layer_name, forked.address) != (layer.prefix, hidden_states.data_ptr()):
-        warn_once("dual_stream runs serially in a CUDA graph", "the compiler gave a join not what its fork was given")
+    if forked is not None and forked.address != hidden_states.data_ptr():
+        warn_once(RAN_SERIALLY, "the compiler gave a join not what its fork was given")
         forked = None
-    narrow = forked is not None and layer.gdn_tuned.get(hidden_states.size(0)) == NARROW_KERNEL
-    project = project_ba_narrow_or_not if narrow else project_ba
-    return join(forked, lambda: project(layer, hidden_states))
-
-
-def project_ba(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """``in_proj_ba`` as the layer has it."""
-    return layer.in_proj_ba(hidden_states)[0]
-
-
-def project_ba_narrow(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """``in_proj_ba`` with the plugin's kernel."""
-    from vllm_gdn_plugin.run import narrow  # needs Triton, which vLLM has where there is a GPU
-
-    return narrow.linear(hidden_states, layer.in_proj_ba.weight)
-
-
-def project_ba_narrow_or_not(layer: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """``in_proj_ba`` with the plugin's kernel; as the layer has it where that fails."""
-    try:
-        return project_ba_narrow(layer, hidden_states)
-    except Exception as error:
-        warn_once(f"{NARROW_KERNEL} failed and is left out", unexpected(error))
-        return project_ba(layer, hidden_states)
+    if weight is not None:
+        return join(forked, lambda: torch.mm(hidden_states, weight))
+    return join(forked, lambda: layer_by_name(layer_name).in_proj_ba(hidden_states)[0])
 
 
 def fork(layer: Any, hidden_states: torch.Tensor) -> Fork | None:
-    """The fork of a call that overlaps; none for one that runs serially, also where this fails."""
+    """The fork of a call that is captured and overlaps; none for one that runs serially, also where this fails.
+
+    Events made here cost nothing at replay and are shared with nobody. A breakable capture cannot record a fork and a
+    join across its breaks.
+    """
     try:
-        reason = why_serial(layer, hidden_states)
-        if reason is StaysSerial.NOT_CAPTURING:
-            host.prepare_aux_stream()
-        if reason is not None:
+        if breakable_capture() or not layer.gdn.overlaps(hidden_states.size(0)):
             return None
-        # Only reached while a graph is captured: events made here cost nothing at replay and are shared with nobody.
-        forked = Fork(layer.prefix, hidden_states.data_ptr(), aux_stream(), torch.cuda.Event(), torch.cuda.Event())
+        forked = Fork(hidden_states.data_ptr(), aux_stream(), torch.cuda.Event(), torch.cuda.Event())
         forked.reached.record()
         return forked
     except Exception as error:
-        warn_once("dual_stream failed and runs serially", unexpected(error))
+        warn_once(RAN_SERIALLY, unexpected(error))
         return None
 
 
@@ -137,7 +138,7 @@ def join(forked: Fork | None, work: Callable[[], torch.Tensor]) -> torch.Tensor:
             if not torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("the fork is not in the CUDA graph that is being captured")
     except Exception as error:
-        warn_once("dual_stream failed and runs serially", unexpected(error))
+        warn_once(RAN_SERIALLY, unexpected(error))
         return work()
     with torch.cuda.stream(forked.stream):
         result = work()
@@ -146,30 +147,20 @@ def join(forked: Fork | None, work: Callable[[], torch.Tensor]) -> torch.Tensor:
     return result
 
 
-def project_apart(
-    layer: Any,
-    hidden_states: torch.Tensor,
-    forked: Fork | None,
-    project_ba: Callable[[Any, torch.Tensor], torch.Tensor] = project_ba,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both projections, ``in_proj_ba`` beside ``in_proj_qkvz`` where there is a fork: what fork and join do."""
+def side_by_side(layer: Any, hidden_states: torch.Tensor) -> object:
+    """What a captured layer does where it overlaps, for the timer."""
+    forked = fork(layer, hidden_states)
     qkvz = layer.in_proj_qkvz(hidden_states)[0]
-    return qkvz, join(forked, lambda: project_ba(layer, hidden_states))
+    return qkvz, join(forked, lambda: layer.in_proj_ba(hidden_states)[0])
 
 
-def why_serial(layer: Any, hidden_states: torch.Tensor) -> StaysSerial | None:
-    """Why this call runs the two projections serially, or None when it overlaps them."""
-    on_cuda = hidden_states.is_cuda and torch.version.hip is None
-    capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-    return stays_serial(
-        aux_stream=on_cuda,
-        safe_pair=layer.gdn_safe_pair,
-        capturing=capturing,
-        breakable_capture=capturing and host.breakable_capture(),
-        num_tokens=hidden_states.size(0),
-        max_tokens=layer.gdn_max_tokens,
-        timed_slower=layer.gdn_tuned.get(hidden_states.size(0)) == SERIAL,
-    )
+def one_by_one(layer: Any, hidden_states: torch.Tensor) -> object:
+    """What it does elsewhere, and in stock vLLM."""
+    return layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0]
+
+
+WAYS = {DUAL_STREAM: side_by_side, SERIAL: one_by_one}
+"""How a layer may be run that is not fused."""
 
 
 def _fake_fork(hidden_states: torch.Tensor, layer_name: LayerNameType) -> None:
@@ -177,59 +168,14 @@ def _fake_fork(hidden_states: torch.Tensor, layer_name: LayerNameType) -> None:
 
 
 def _fake_join(
-    hidden_states: torch.Tensor, qkvz: torch.Tensor, ba_size: int, layer_name: LayerNameType
+    hidden_states: torch.Tensor,
+    qkvz: torch.Tensor,
+    weight: torch.Tensor | None,
+    ba_size: int,
+    layer_name: LayerNameType,
 ) -> torch.Tensor:
     return hidden_states.new_empty((hidden_states.size(0), ba_size))
 
 
-def gdn_fused_in_proj(hidden_states: torch.Tensor, size: int, layer_name: LayerNameType) -> torch.Tensor:
-    """Project ``hidden_states`` with both weights of the layer in one GEMM, or in two where these were timed as faster.
-
-    vLLM drops the guards of its compiled graphs, so what must hold at every call is asked here: should a weight have
-    been replaced or moved, the two projections are computed as stock vLLM would, and the reason is logged once.
-    What is raised in it is as in :func:`gdn_in_proj_join`.
-
-    Args:
-        hidden_states: (num_tokens, hidden_size), in the model's dtype.
-        size: outputs of ``in_proj_qkvz`` and ``in_proj_ba``, and the padding.
-        layer_name: the layer's key in the forward context.
-
-    Returns:
-        (num_tokens, size), contiguous, in the dtype of ``hidden_states``: qkvz, ba, padding.
-    """
-    layer = host.layer_by_name(layer_name)
-    fused = layer.gdn_fused
-    if not fused.broken:
-        reason = fused.why_broken(layer, hidden_states)
-        if reason is None:
-            way = way_to_fuse(layer, hidden_states)
-            if way in fused.rows:
-                return fused.apply(hidden_states, way)
-            return project_fused_apart(layer, hidden_states, fork(layer, hidden_states))
-        fused.broken = True
-        warn_once("a GDN layer goes back to serial, restart to fuse again", reason)
-    return fused.apply_serially(layer, hidden_states)
-
-
-def way_to_fuse(layer: Any, hidden_states: torch.Tensor) -> str:
-    """fused, or where this call is captured in a CUDA graph, what was timed to be faster in such a graph."""
-    way: str = layer.gdn_tuned.get(hidden_states.size(0), FUSED)
-    return way if way != FUSED and torch.cuda.is_current_stream_capturing() else FUSED
-
-
-def project_fused_apart(layer: Any, hidden_states: torch.Tensor, forked: Fork | None) -> torch.Tensor:
-    """What one GEMM of a fused layer gives, by two into one result, side by side where there is a fork."""
-    fused = layer.gdn_fused
-    both, qkvz, ba = fused.result_for(hidden_states)
-    torch.mm(hidden_states, fused.qkvz.weight.t(), out=qkvz)
-    join(forked, lambda: torch.mm(hidden_states, fused.ba.weight.t(), out=ba))
-    return both
-
-
-def _fake_fused(hidden_states: torch.Tensor, size: int, layer_name: LayerNameType) -> torch.Tensor:
-    return hidden_states.new_empty((hidden_states.size(0), size))
-
-
 direct_register_custom_op("gdn_in_proj_fork", gdn_in_proj_fork, ["hidden_states"], _fake_fork, _library)
 direct_register_custom_op("gdn_in_proj_join", gdn_in_proj_join, fake_impl=_fake_join, target_lib=_library)
-direct_register_custom_op("gdn_fused_in_proj", gdn_fused_in_proj, fake_impl=_fake_fused, target_lib=_library)

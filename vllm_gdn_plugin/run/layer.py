@@ -1,14 +1,38 @@
-"""The layer that takes the place of vLLM's GDN layer: the stock forward, on projections computed beforehand."""
+"""The layer that vLLM builds in place of its GDN layer: the stock forward, on projections computed beforehand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import _encode_layer_name
 
-import vllm_gdn_plugin.run.dual_stream  # noqa: F401  registers torch.ops.vllm_gdn_plugin
-from vllm_gdn_plugin.decide.plan import FUSED, SERIAL
-from vllm_gdn_plugin.run.fused import release_replaced
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, SERIAL
+from vllm_gdn_plugin.report import warn_once
+from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS, project_side_by_side
+from vllm_gdn_plugin.run.fused import FusedWeight
+from vllm_gdn_plugin.tune.choose import at
+
+NOT_IN_PLACE = "a GDN layer is no longer fused and runs as in stock vLLM; restart to fuse it again"
+
+
+@dataclass
+class Gdn:
+    """What the plugin keeps on a layer, as ``layer.gdn``."""
+
+    strategy: str = SERIAL
+    fused: FusedWeight | None = None
+    """Of a layer that is fused, or was when it was constructed."""
+    plain_gemm: bool = False
+    """vLLM runs ``in_proj_ba`` by ``F.linear``, with the weight as it was loaded."""
+    ways: Mapping[int, str] = field(default_factory=dict)
+    """By captured number of tokens dual_stream or serial, where these were timed."""
+
+    def overlaps(self, num_tokens: int) -> bool:
+        """Whether dual_stream overlaps a captured batch of this size."""
+        return num_tokens <= MOST_TOKENS and at(self.ways, num_tokens, DUAL_STREAM) == DUAL_STREAM
+
+    def __deepcopy__(self, memo: Any) -> "Gdn":
+        return Gdn()  # a copied layer has weights of its own, and runs as in stock vLLM
 
 
 class ProjectedLayer:
@@ -33,47 +57,32 @@ class ProjectedLayer:
 
 
 def project(layer: Any, hidden_states: torch.Tensor) -> Any:
-    """What the stock forward runs on: the layer itself where its plan is serial, else its stand-in."""
-    if layer.gdn_strategy == SERIAL:
+    """What the stock forward runs on: the layer itself where its strategy is serial, else its stand-in."""
+    gdn = layer.gdn
+    if gdn.strategy == FUSED and not torch.compiler.is_compiling() and not gdn.fused.is_of(layer):
+        warn_once(NOT_IN_PLACE, "a weight of its projections was replaced or moved after loading")
+        gdn.strategy = SERIAL
+    if gdn.strategy == SERIAL:
         return layer
-    how = project_in_one if layer.gdn_strategy == FUSED else project_side_by_side
-    return ProjectedLayer(layer, *how(layer, hidden_states))
-
-
-def project_in_one(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both projections of ``hidden_states`` (num_tokens, hidden_size), as views of one result."""
-    padding = layer.gdn_padding
-    sizes = layer.in_proj_qkvz.output_size_per_partition, layer.in_proj_ba.output_size_per_partition
-    both = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(
-        hidden_states, sum(sizes) + padding, _encode_layer_name(layer.prefix)
-    )
-    qkvz, ba, _ = both.split([*sizes, padding], dim=-1)
-    return qkvz, ba
-
-
-def project_side_by_side(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both projections of ``hidden_states`` (num_tokens, hidden_size), ``in_proj_ba`` beside ``in_proj_qkvz``, which
-    stays what it is in stock vLLM, a part of the compiled graph."""
-    ops, name = torch.ops.vllm_gdn_plugin, _encode_layer_name(layer.prefix)
-    ops.gdn_in_proj_fork(hidden_states, name)
-    qkvz, _ = layer.in_proj_qkvz(hidden_states)
-    ba = ops.gdn_in_proj_join(hidden_states, qkvz, layer.in_proj_ba.output_size_per_partition, name)
-    return qkvz, ba
+    if gdn.strategy == FUSED:
+        return ProjectedLayer(layer, *gdn.fused.project(hidden_states))
+    return ProjectedLayer(layer, *project_side_by_side(layer, hidden_states))
 
 
 def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
     """A subclass of vLLM's GDN layer class ``stock``, for every supported release.
 
+    It keeps the name of ``stock``, by which other plugins look for the layer; ``is_gdn_plugin`` tells it apart.
+
     Args:
         stock: the class whose source has passed the contract.
-        adopt: called on each new layer; sets ``gdn_strategy`` and what that strategy needs.
+        adopt: called on each new layer; sets ``gdn``, or makes the layer one of ``stock``.
     """
 
     class GdnPluginLayer(stock):  # type: ignore[misc]
         is_gdn_plugin = True
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            release_replaced()
             super().__init__(*args, **kwargs)
             adopt(self)
 
@@ -86,5 +95,13 @@ def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
             def forward_cpu(self, hidden_states: torch.Tensor, *output: torch.Tensor) -> Any:
                 return stock.forward_cpu(project(self, hidden_states), hidden_states, *output)
 
-    GdnPluginLayer.__qualname__ = GdnPluginLayer.__name__ = f"GdnPlugin{stock.__name__}"
+    GdnPluginLayer.__name__, GdnPluginLayer.__qualname__ = stock.__name__, stock.__qualname__
     return GdnPluginLayer
+
+
+def become(layer: Any, layer_class: Any) -> None:
+    """Make a layer one of ``layer_class``; vLLM's constructor has bound one of the forward methods to it."""
+    layer.__class__ = layer_class
+    bound = vars(layer).get("_forward_method")
+    if bound is not None:
+        layer._forward_method = getattr(layer, bound.__name__)

@@ -1,10 +1,17 @@
 """How GPU work is timed: captured in a CUDA graph, as the engine does, and replayed between two events."""
 
 import random
+import statistics
+import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+
+from vllm_gdn_plugin.host.streams import release_workspaces, unchanged_stream
+from vllm_gdn_plugin.tune.times import Time, Times
 
 WARM_UP_ROUNDS = 3
 MOST_TAKEN = 2**20
@@ -87,3 +94,64 @@ class CudaTimer:
         return {
             name: [start.elapsed_time(end) * 1e3 for start, end in pairs[warm_up:]] for name, pairs in marks.items()
         }
+
+
+Works = Callable[[int], Mapping[str, Sequence[Callable[[], object]]]]
+"""For a number of tokens, what each way has to do: the same steps, one for each of several layers, in one graph."""
+
+ROUNDS = 8
+SECONDS = 2.0
+"""After this long no further number of tokens is timed."""
+
+
+def timed(
+    works: Works, sizes: Iterable[int], token_bytes: int, rounds: int = ROUNDS, seconds: float = SECONDS
+) -> Times:
+    """Times of one layer in some interleaved rounds; the memory that it took is given back, also where it fails.
+
+    Args:
+        sizes: numbers of tokens, timed in this order until ``seconds`` have passed.
+        token_bytes: what a step allocates for a token where its input is quantised, see :func:`in_turn`.
+    """
+    try:
+        return _timed(works, sizes, token_bytes, rounds, seconds)
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)  # which hold the graphs
+        raise
+    finally:
+        release_workspaces()
+
+
+def _timed(works: Works, sizes: Iterable[int], token_bytes: int, rounds: int, seconds: float) -> Times:
+    timer = CudaTimer()
+    times: Times = {}
+    with unchanged_stream(), torch.inference_mode():  # the latter as the engine: Dynamo would compile twice
+        end = time.perf_counter() + seconds
+        for tokens in sizes:
+            if time.perf_counter() > end:
+                break
+            steps = works(tokens)
+            prepared = {
+                way: timer.prepare(partial(in_turn, each, tokens * token_bytes))[0] for way, each in steps.items()
+            }
+            samples = timer.measure(prepared, rounds, warm_up=1)
+            prepared.clear()  # a graph that ends later could give back the workspace of the next ones
+            times[tokens] = {way: _time(samples[way], len(steps[way])) for way in steps}
+    return times
+
+
+def _time(samples: list[float], layers: int) -> Time:
+    lower, median, upper = statistics.quantiles(samples, n=4)
+    return Time(median / layers, (upper - lower) / median)
+
+
+def in_turn(steps: Iterable[Callable[[], Any]], input_bytes: int) -> None:
+    """Run each step, and after each take as many bytes as its quantised input has taken and given back.
+
+    So the input lies elsewhere in each: by its address alone an FP8 GEMM of a few tokens takes up to 1.3 times as long
+    (benchmarks/NOTES.md), and an engine's addresses cannot be foretold.
+    """
+    taken = []
+    for step in steps:
+        step()
+        taken.append(torch.empty(min(input_bytes, MOST_TAKEN), dtype=torch.uint8, device="cuda"))

@@ -1,0 +1,195 @@
+"""What vLLM will build for a model, asked of its own configuration: without weights, and without using a GPU."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import vllm_gdn_plugin
+from vllm_gdn_plugin.decide.checkpoint import EngineFlags, GdnShape, Undecidable, Unreadable, gdn_shape
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+from vllm_gdn_plugin.decide.plan import LayerFacts
+from vllm_gdn_plugin.host import facts
+
+INTERLEAVED = "Qwen3NextForCausalLM"
+"""The model class whose projections are one part each; in the others q, k, v, z, b and a are parts of their own."""
+
+LAYERS_BELOW = {
+    INTERLEAVED: "model",
+    "Qwen3_5ForCausalLMBase": "model",
+    "Qwen3_5ForConditionalGeneration": "language_model.model",
+    "MiniCPMV4_6ForConditionalGeneration": "language_model.model",
+}
+"""Where the decoder layers are in the model classes that build vLLM's GDN layer, and in those derived from them.
+Qwen4-Exp is left out: it swaps linear methods after construction, by GPU and shape."""
+
+
+def layer_facts_of(
+    model: str, directory: Path, revision: str | None, flags: EngineFlags, platform: str
+) -> tuple[int, dict[int, LayerFacts]]:
+    """(hidden size, the facts about each GDN layer by index) of the model whose config.json is in ``directory``.
+
+    vLLM makes the engine's configuration, resolves the model's class, and its quantisation config chooses the linear
+    method of each projection, by the name the projection has in that class. Another plugin's models and formats count;
+    this plugin is not loaded.
+
+    Args:
+        model: the directory, or the Hub id that it is a snapshot of: headers of weights that it lacks are asked for.
+
+    Raises:
+        Unreadable: it is no model with GDN layers, or its heads cannot be split so many ways.
+        Undecidable: vLLM refuses the model here, or the plugin does not know the model's class.
+    """
+    try:
+        with _without_this_plugin(), _headers_of_weights(model, revision):
+            return _layer_facts(directory, flags, platform)
+    except (Unreadable, Undecidable):
+        raise
+    except (Exception, SystemExit) as error:
+        raise Undecidable(f"vLLM does not take this model here: {_in_short(error)}") from None
+
+
+def _layer_facts(directory: Path, flags: EngineFlags, platform: str) -> tuple[int, dict[int, LayerFacts]]:
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import configure_quant_config, get_model_architecture
+
+    config = EngineArgs(
+        model=str(directory),
+        quantization=flags.quantization,
+        dtype=flags.dtype,
+        enforce_eager=flags.enforce_eager,
+        load_format="dummy",
+    ).create_engine_config()
+    shape = gdn_shape(config.model_config.hf_text_config.to_dict(), flags.tensor_parallel_size)
+    model_class, _ = get_model_architecture(config.model_config)
+    bases = {base.__name__ for base in model_class.__mro__}
+    below = next((place for name, place in LAYERS_BELOW.items() if name in bases), None)
+    if below is None:
+        raise Undecidable(f"the plugin does not know how {model_class.__name__} builds its layers")
+    if config.quant_config is not None:
+        configure_quant_config(config.quant_config, model_class)
+
+    found: dict[int, LayerFacts] = {}
+    default_dtype = torch.get_default_dtype()
+    torch.set_default_dtype(config.model_config.dtype)
+    try:
+        with set_current_vllm_config(config):
+            for index in shape.layers:
+                prefix = f"{below}.layers.{index}.linear_attn"
+                layer = _projections(config.quant_config, prefix, shape, INTERLEAVED in bases, flags)
+                asked = facts.layer_facts(layer, platform)
+                found[index] = replace(
+                    asked,
+                    lora=flags.enable_lora,
+                    offload=flags.offload,
+                    ubatching=flags.enable_dbo,
+                    weights_in_place=True,
+                )
+    finally:
+        torch.set_default_dtype(default_dtype)
+    return shape.hidden_size, found
+
+
+def _projections(
+    quant_config: Any, prefix: str, shape: GdnShape, interleaved: bool, flags: EngineFlags
+) -> SimpleNamespace:
+    """A GDN layer's two projections as vLLM begins to build them: with their linear methods, before their weights."""
+    whole_ba = _keeps_ba_whole(quant_config, interleaved)
+    linears = {}
+    for name, outputs, parts in (
+        ("in_proj_qkvz", shape.qkvz, flags.tensor_parallel_size),
+        ("in_proj_ba", shape.ba, 1 if whole_ba else flags.tensor_parallel_size),
+    ):
+        sizes = [sum(outputs)] if interleaved else list(outputs)
+        linears[name] = _linear(quant_config, f"{prefix}.{name}", shape.hidden_size, sizes, parts)
+    return SimpleNamespace(**linears)
+
+
+def _linear(quant_config: Any, prefix: str, hidden_size: int, output_sizes: list[int], parts: int) -> Any:
+    from vllm.model_executor.layers.linear import LinearBase, MergedColumnParallelLinear
+
+    linear = MergedColumnParallelLinear.__new__(MergedColumnParallelLinear)
+    # What the subclasses' constructors set before and after LinearBase's, which chooses the linear method.
+    vars(linear).update(
+        output_sizes=output_sizes,
+        input_size_per_partition=hidden_size,
+        output_size_per_partition=sum(output_sizes) // parts,
+        output_partition_sizes=[size // parts for size in output_sizes],
+        gather_output=False,
+        bias=None,
+    )
+    # disable_tp: there are no process groups here to ask for ranks.
+    LinearBase.__init__(
+        linear, hidden_size, sum(output_sizes), quant_config=quant_config, prefix=prefix, disable_tp=True
+    )
+    return linear
+
+
+def _keeps_ba_whole(quant_config: Any, interleaved: bool) -> bool:
+    """Whether every tensor-parallel rank has all of ``in_proj_ba``, as vLLM's layer class decides (0.21 and later)."""
+    classes = (getattr(sys.modules.get(module), name, None) for module, name in GDN_CLASSES.items())
+    rules = [rule for rule in (getattr(known, "maybe_disable_tp", None) for known in classes) if rule]
+    return any(rule(SimpleNamespace(gqa_interleaved_layout=interleaved), quant_config) for rule in rules)
+
+
+@contextmanager
+def _without_this_plugin() -> Iterator[None]:
+    """vLLM's configuration loads the general plugins: let it be all but this one, whose part is told by its rules."""
+    before = os.environ.get("VLLM_PLUGINS")
+    known = {p.name for g in entry_points().groups if g.startswith("vllm.") for p in entry_points(group=g)}
+    names = known if before is None else set(before.split(","))
+    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names - {vllm_gdn_plugin.__name__}))
+    try:
+        yield
+    finally:
+        del os.environ["VLLM_PLUGINS"]
+        if before is not None:
+            os.environ["VLLM_PLUGINS"] = before
+
+
+@contextmanager
+def _headers_of_weights(model: str, revision: str | None) -> Iterator[None]:
+    """For formats (AWQ, GPTQ) whose config does not list the quantised modules, vLLM looks for them in the headers of
+    the weights; where it finds none it takes all for quantised, silently. Here that is an error.
+
+    Raises:
+        Undecidable: they were needed, and could not be read.
+    """
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    get_quantization_config("awq")  # imports the modules of all formats
+    name = "get_safetensors_params_metadata"
+    formats = get_quantization_config.__module__
+    modules = [m for n, m in list(sys.modules.items()) if n.startswith(formats) and name in vars(m)]
+    originals = [getattr(module, name) for module in modules]
+
+    def read(directory: str, **revisions: Any) -> Any:
+        local = Path(model).exists()
+        headers = originals[0](directory, **revisions) if local else originals[0](model, revision=revision)
+        if not headers:
+            raise Undecidable(
+                f"the config does not list the quantised modules, and there are no weights of {model} here"
+            )
+        return headers
+
+    for module in modules:
+        setattr(module, name, read)
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            setattr(module, name, original)
+
+
+def _in_short(error: BaseException) -> str:
+    """Why vLLM raised it, in one line; pydantic puts a class before it and a link behind it."""
+    errors = getattr(error, "errors", None)
+    text = errors()[0]["msg"] if callable(errors) else f"{type(error).__name__}: {error}"
+    return " ".join(text.removeprefix("Value error, ").split())
