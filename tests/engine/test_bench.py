@@ -48,8 +48,7 @@ def bench(models: Callable[[str], Path], scratch: Path, tmp_path: Path) -> Itera
 
 
 def values(run: Any, case: str, variant: str) -> dict[str, float]:
-    found = [s["values"] for s in run["samples"] if (s["case"], s["variant"]) == (case, variant)]
-    return {name: value for sample in found for name, value in sample.items()}
+    return {metric: by_round[0] for metric, by_round in run["samples"][case][variant].items()}
 
 
 def test_serve_measures_both_engines_and_compares_their_answers(bench: Bench, tmp_path: Path) -> None:
@@ -115,23 +114,20 @@ def test_an_interruption_leaves_no_server_and_keeps_what_was_measured(
     _, alive = psutil.wait_procs(servers, timeout=10)
     assert [server for server in alive if server.status() != psutil.STATUS_ZOMBIE] == []
     run = json.loads((tmp_path / "compile.json").read_text())
-    assert [(s["variant"], s["case"]) for s in run["samples"]] == [("off", "cold")]
+    assert {case: list(variants) for case, variants in run["samples"].items()} == {"cold": ["off"]}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # seven engines are started
 def test_compile_counts_what_was_compiled(bench: Bench, tmp_path: Path) -> None:
-    process = bench("compile", ["--strategy", "dual_stream", "--rounds", "1", "--layers", "4"], ENGINE)
+    process = bench("compile", ["--strategy", "dual_stream", "--rounds", "1"], ENGINE)
     _, errors = process.communicate()
     assert process.returncode == 0, errors
     run = json.loads((tmp_path / "compile.json").read_text())
-    assert list(run["variants"]) == ["off", "dual_stream", "dual_stream, string names"]
     for variant in ("off", "dual_stream"):
-        for case in ("cold", "warm", "cold, 4 layers"):
+        for case in ("cold", "warm"):
             found = values(run, case, variant)
             assert found["artifacts"] >= 1
             assert found["cache_mib"] > 0
-    assert values(run, "cold, 4 layers", "dual_stream, string names")["artifacts"] >= 1
     assert (tmp_path / "compile.png").exists()
 
 
@@ -141,10 +137,18 @@ def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path,
     benchmarks = Path(__file__).parents[2] / "benchmarks"
     model = tmp_path / "model"
     subprocess.run([sys.executable, benchmarks / "gpu_models.py", "tiny", model], check=True)
-    settings = {"enforce_eager": True, "mamba_ssm_cache_dtype": "float32", "max_model_len": 256}
-    settings |= {"kv_cache_memory_bytes": 1 << 27}
+    settings = {"enforce_eager": True, "max_model_len": 256, "kv_cache_memory_bytes": 1 << 27}
     line = [sys.executable, str(benchmarks / "in_process.py"), str(model), str(tmp_path / "out"), "--device", "cpu"]
-    line += ["--strategy", "fused,dual_stream", "--rounds", "2", "--concurrency", "1,3", "--input-len", "8,100"]
+    line += [
+        "--strategy",
+        "fused,rules=VLLM_GDN_PLUGIN_STRATEGY=dual_stream VLLM_GDN_PLUGIN_TUNE=0",
+        "--rounds",
+        "2",
+        "--concurrency",
+        "1,3",
+        "--input-len",
+        "8,100",
+    ]
     cpus = sorted(os.sched_getaffinity(0))
     line += ["--cpus", ",".join(map(str, cpus)), *processes]
     done = subprocess.run(
@@ -152,11 +156,12 @@ def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path,
     )
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "out" / "serve.json").read_text())
-    assert run["verified"].keys() == {"fused", "dual_stream"}
-    for strategy in ("fused", "dual_stream"):
-        assert f"{strategy} on 3 of 3 GDN layers" in run["said"][strategy]
+    assert run["verified"].keys() == {"fused", "rules"}
+    for name, strategy in (("fused", "fused"), ("rules", "dual_stream")):
+        assert f"{strategy} on 3 of 3 GDN layers" in run["said"][name]
     assert run["load"].endswith(f"; each engine on CPUs {', '.join(map(str, cpus))}")
-    for variant in ("off", "fused", "dual_stream"):
+    for variant in ("off", "fused", "rules"):
+        assert values(run, "start", variant)["startup_s"] > 0
         for case, metric in (("concurrency 1", "tpot_ms"), ("concurrency 3", "tpot_ms"), ("100 in", "ttft_ms")):
             assert values(run, case, variant).keys() == {metric}
     assert "| concurrency 3 |" in (tmp_path / "out" / "serve.md").read_text()

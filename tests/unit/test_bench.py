@@ -16,7 +16,7 @@ from vllm_gdn_plugin.bench.report import load
 from vllm_gdn_plugin.bench.results import QKVZ, Machine, Point, Run
 from vllm_gdn_plugin.bench.shapes import PRESETS, Shape, distinct, preset_shapes, shape_of_model, shape_of_text
 from vllm_gdn_plugin.cli.main import main
-from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, NARROW_KERNEL, PADDED_TO, ROW_ALIGNMENT, SERIAL
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, SERIAL
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
@@ -130,14 +130,6 @@ def test_one_round_shows_nothing() -> None:
 
 
 @needs_statistics
-def test_the_same_samples_give_the_same_interval() -> None:
-    from vllm_gdn_plugin.bench.stats import paired_ratio
-
-    samples, baseline = [1.0, 1.1, 0.9, 1.3, 1.2], [1.0] * 5
-    assert paired_ratio(samples, baseline) == paired_ratio(samples, baseline)
-
-
-@needs_statistics
 def test_samples_of_other_rounds_are_not_paired() -> None:
     from vllm_gdn_plugin.bench.stats import paired_ratio
 
@@ -162,7 +154,7 @@ def computed() -> Any:
     generator = torch.Generator().manual_seed(0)
     exact = tuple(torch.randn(4, n, generator=generator, dtype=torch.float64) for n in (64, 8))
     serial = tuple(one.bfloat16() for one in exact)
-    copies = {name: tuple(one.clone() for one in serial) for name in (DUAL_STREAM, FUSED, *PADDED_TO)}
+    copies = {name: tuple(one.clone() for one in serial) for name in (DUAL_STREAM, FUSED)}
     return {SERIAL: serial, **copies, QKVZ: (serial[0].clone(),)}, exact
 
 
@@ -171,16 +163,15 @@ def test_right_results_verify(computed: Any) -> None:
 
     outputs, exact = computed
     verify(outputs, exact)
-    for way in (FUSED, *PADDED_TO):
-        with pytest.raises(ValueError, match=f"{way} needs a reference"):
-            verify(outputs)
-        del outputs[way]
+    with pytest.raises(ValueError, match="fused needs a reference"):
+        verify(outputs)
+    del outputs[FUSED]
     verify(outputs)
 
 
 @pytest.mark.parametrize("projection", [0, 1], ids=["in_proj_qkvz", "in_proj_ba"])
 @pytest.mark.parametrize("wrong", [1e30, float("nan")], ids=str)
-@pytest.mark.parametrize("strategy", [DUAL_STREAM, FUSED, *PADDED_TO])
+@pytest.mark.parametrize("strategy", [DUAL_STREAM, FUSED])
 def test_a_planted_wrong_result_is_refused(computed: Any, strategy: str, wrong: float, projection: int) -> None:
     from vllm_gdn_plugin.bench.verify import PROJECTIONS, verify
 
@@ -212,37 +203,18 @@ def test_a_strategy_gives_as_many_outputs_as_it_should(computed: Any, strategy: 
         verify(outputs, exact)
 
 
-@pytest.mark.parametrize("way", [FUSED, *PADDED_TO])
-def test_fused_may_round_otherwise_but_not_worse(computed: Any, way: str) -> None:
+def test_fused_may_round_otherwise_but_not_worse(computed: Any) -> None:
     from vllm_gdn_plugin.bench.verify import verify
 
     outputs, exact = computed
     serial_error = [one.double() - other for one, other in zip(outputs[SERIAL], exact, strict=True)]
     for factor, right in ((-1.04, True), (1.06, False)):
-        outputs[way] = tuple(one + factor * off for one, off in zip(exact, serial_error, strict=True))
+        outputs[FUSED] = tuple(one + factor * off for one, off in zip(exact, serial_error, strict=True))
         if right:
             verify(outputs, exact)
         else:
-            with pytest.raises(WrongResult, match=rf"^{way}: .*more than 1.05 x serial's"):
+            with pytest.raises(WrongResult, match=r"^fused: .*more than 1.05 x serial's"):
                 verify(outputs, exact)
-
-
-def test_the_narrow_kernel_may_round_otherwise_in_its_own_projection_alone(computed: Any) -> None:
-    from vllm_gdn_plugin.bench.verify import verify
-
-    outputs, exact = computed
-    for way in (FUSED, *PADDED_TO):
-        del outputs[way]
-    reference = (None, exact[1])
-    error = outputs[SERIAL][1].double() - exact[1]
-    outputs[NARROW_KERNEL] = (outputs[SERIAL][0].clone(), exact[1] - 1.04 * error)
-    verify(outputs, reference)
-    outputs[NARROW_KERNEL] = (outputs[SERIAL][0].clone(), exact[1] - 1.06 * error)
-    with pytest.raises(WrongResult, match="narrow_kernel: in_proj_ba has an error"):
-        verify(outputs, reference)
-    outputs[NARROW_KERNEL] = (exact[0], outputs[SERIAL][1])
-    with pytest.raises(WrongResult, match="narrow_kernel: in_proj_qkvz is not bit-equal"):
-        verify(outputs, reference)
 
 
 # Timing
@@ -283,45 +255,24 @@ def test_the_layers_exceed_twice_the_cache() -> None:
 
 
 @needs_torch
-def test_the_fused_weight_is_the_plugins_own() -> None:
-    import torch
-
-    from vllm_gdn_plugin.bench.strategies import unquantized
-
-    layer = unquantized(Shape("odd", 32, 48, 6), torch.bfloat16, "cpu")
-    assert layer.fused is not None
-    assert layer.fused.weight.shape == (64, 32)
-    assert layer.fused.weight.shape[0] % ROW_ALIGNMENT == 0
-    assert layer.weight_bytes == {SERIAL: 54 * 64, DUAL_STREAM: 54 * 64, FUSED: 64 * 64, QKVZ: 48 * 64}
-
-
-@needs_torch
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_on_a_gpu_the_one_gemm_is_also_measured_padded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_one_gemm_is_measured_with_the_rows_that_the_plugin_may_give_it() -> None:
     import torch
 
     from vllm_gdn_plugin.bench import strategies
     from vllm_gdn_plugin.bench.verify import verify
+    from vllm_gdn_plugin.run.fused import rows_to_choose_from
 
-    weight = strategies.random_weight
-    monkeypatch.setattr(strategies, "random_weight", lambda rows, hidden, dtype, _: weight(rows, hidden, dtype, "cpu"))
     torch.manual_seed(0)
-    layer = strategies.unquantized(Shape("wide", 32, 12344, 4), torch.float32, device)
-    one_gemm = {FUSED: 12352} | ({} if device == "cpu" else dict(zip(PADDED_TO, (12416, 12544, 12800), strict=True)))
-    assert {way: moved // 128 for way, moved in layer.weight_bytes.items()} == {
-        SERIAL: 12348,
-        DUAL_STREAM: 12348,
-        QKVZ: 12344,
-        **one_gemm,
-    }
+    shape = Shape("wide", 32, 12344, 4)
+    layer = strategies.unquantized(shape, torch.float32, "cpu")
+    rows = rows_to_choose_from(12348, 32 * 4)
+    one_gemm = [FUSED, *(f"fused to {n} rows" for n in rows[1:])]
+    assert len(rows) > 1
+    assert [layer.weight_bytes[way] // 128 for way in one_gemm] == rows
+    assert layer.weight_bytes[SERIAL] == 12348 * 128
     x = torch.randn(3, 32)
-    ran: list[str] = []
-    apply = layer.fused.apply
-    monkeypatch.setattr(layer.fused, "apply", lambda x, way: ran.append(way) or apply(x, way))
-    outputs = {name: step(layer, x) for name, step in strategies.steps(layer, None, 3).items()}
-    assert outputs.keys() == layer.weight_bytes.keys()
-    assert ran == list(one_gemm)
-    assert all(qkvz.shape == (3, 12344) and ba.shape == (3, 4) for qkvz, ba in (outputs[way] for way in one_gemm))
+    outputs = {way: step(layer, x) for way, step in strategies.ways(layer, None).items()}
+    assert outputs.keys() == layer.weight_bytes.keys() == {SERIAL, DUAL_STREAM, QKVZ, *one_gemm}
     verify(outputs, layer.reference(x))
 
 
@@ -342,7 +293,7 @@ SMALL = ("--shape", "128,256,8", "--rounds", "6")
 
 @needs_all
 @pytest.mark.parametrize("device", [pytest.param(name, marks=device_marks(name)) for name in ("cpu", "cuda")])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16"])
 def test_a_run_from_end_to_end(bench: Bench, tmp_path: Path, device: str, dtype: str) -> None:
     options = (*SMALL, "--tensor-parallel-size", "1,2", "--tokens", "1,3", "--dtype", dtype, "--device", device)
     code, out, errors = bench("projections", *options, "--output", tmp_path / "new")
@@ -357,7 +308,7 @@ def test_a_run_from_end_to_end(bench: Bench, tmp_path: Path, device: str, dtype:
         (2, 128, 4, 3),
     ]
     for point in run.points:
-        assert set(point.samples_us) == {SERIAL, DUAL_STREAM, FUSED, QKVZ}
+        assert {SERIAL, DUAL_STREAM, FUSED, QKVZ} < set(point.samples_us)
         assert {len(samples) for samples in point.samples_us.values()} == {6}
     first = run.points[0]
     assert first.bytes_moved[SERIAL] == 2 * (128 * 264 + 128 + 264)
@@ -368,7 +319,7 @@ def test_a_run_from_end_to_end(bench: Bench, tmp_path: Path, device: str, dtype:
     assert (run.machine.bandwidth_gb_s is None) == (device == "cpu")
     text = path.with_suffix(".md").read_text()
     assert out == text + "\n"
-    assert "tokens | serial us | dual_stream us (x of qkvz) | fused us (x of qkvz) | qkvz alone us | gain |" in text
+    assert "tokens | serial us | dual_stream us (x of qkvz) | fused us (x of qkvz) | fused to " in text
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -432,11 +383,10 @@ def test_an_interrupt_keeps_what_was_measured(bench: Bench, tmp_path: Path, monk
 @pytest.fixture
 def run() -> Run:
     """A run of FP8 on a GPU: dual_stream is 20 % faster than serial, and equal to qkvz alone."""
-    rounds = [10.0, 11.0, 10.5, 10.2]
-    samples = {SERIAL: rounds, DUAL_STREAM: [0.8 * us for us in rounds], QKVZ: [0.8 * us for us in rounds]}
+    samples = {SERIAL: [10.0, 11.0, 10.5, 10.2], DUAL_STREAM: [8.0, 8.8, 8.4, 8.16], QKVZ: [8.0, 8.8, 8.4, 8.16]}
     point = Point(Shape("model", 128, 256, 8), 4, 16, dict.fromkeys(samples, 1_000_000), samples)
     machine = Machine("cuda", "A GPU", "3.12", "0.1.0", "2.11.0", driver="580.1", bandwidth_gb_s=500.0)
-    return Run("vllm-gdn-plugin bench projections", "2026-01-01", "fp8", 0, 4, machine, None, [point])
+    return Run("vllm-gdn-plugin bench projections", "2026-01-01", "fp8", 0, 4, machine, points=[point])
 
 
 @needs_statistics
@@ -449,7 +399,6 @@ def test_the_table_says_what_was_found(run: Run) -> None:
     assert "| 4 | serial | 10.35 | 10.03 to 10.93 | 1 | 1.250x (1.250 to 1.250) | 1.00 | 19% |" in text
     assert "A GPU; vllm-gdn-plugin 0.1.0, torch 2.11.0, driver 580.1, Python 3.12; 2026-01-01" in text
     assert "fused" not in text
-    assert "padded" not in text
 
 
 @needs_statistics
@@ -463,33 +412,6 @@ def test_a_loss_is_written_as_a_loss_and_no_difference_as_none(run: Run) -> None
     assert "| dual_stream no difference shown |" in markdown(run)
 
 
-@needs_statistics
-def test_of_the_padded_ways_the_table_has_the_fastest_of_each_row_and_all_below(run: Run) -> None:
-    from vllm_gdn_plugin.bench.table import markdown
-
-    to_128, to_256, _ = PADDED_TO
-    factors = {4: {FUSED: 0.9, to_128: 0.72, to_256: 0.76}, 8: {FUSED: 0.9, to_128: 0.96, to_256: 0.84}, 16: {FUSED: 1}}
-    points = []
-    for tokens, ways in factors.items():
-        point = replace(run.points[0], tokens=tokens)
-        samples = {way: [factor * us for us in point.samples_us[SERIAL]] for way, factor in ways.items()}
-        samples = point.samples_us | samples
-        points.append(replace(point, samples_us=samples, bytes_moved=dict.fromkeys(samples, 1_000_000)))
-    lines = markdown(replace(run, points=points)).splitlines()
-    head = next(n for n, line in enumerate(lines) if line.startswith("| tokens"))
-    one_gemm = "fused us (x of qkvz) | fused us, padded as is fastest (x of qkvz)"
-    assert lines[head] == f"| tokens | serial us | dual_stream us (x of qkvz) | {one_gemm} | qkvz alone us | gain |"
-    column = lines[head].split("|").index(" fused us, padded as is fastest (x of qkvz) ")
-    assert [line.split("|")[column].strip() for line in lines[head + 2 : head + 5]] == [
-        f"{to_128}: 7.45 (0.900x)",
-        f"{to_256}: 8.69 (1.050x)",
-        "",
-    ]
-    assert {line.count("|") for line in lines[head : head + 5]} == {8}
-    below = [tuple(line.split(" | ")[:2]) for line in lines[head + 5 :]]
-    assert all((f"| {tokens}", way) in below for tokens, ways in factors.items() for way in ways)
-
-
 @needs_report
 def test_a_run_without_fused_is_plotted(run: Run, tmp_path: Path) -> None:
     from vllm_gdn_plugin.bench.plot import plot
@@ -499,29 +421,17 @@ def test_a_run_without_fused_is_plotted(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-@needs_report
-def test_a_strategy_that_is_timed_for_few_tokens_alone(run: Run, tmp_path: Path) -> None:
-    """In the table the other rows are empty there; in the picture its line is short, and untimed ones are no lines."""
-    import matplotlib.pyplot as plt
-
-    from vllm_gdn_plugin.bench import plot
+@needs_statistics
+def test_a_way_that_is_timed_for_few_tokens_alone_has_empty_cells_elsewhere(run: Run) -> None:
     from vllm_gdn_plugin.bench.table import markdown
 
     few, many = (replace(run.points[0], tokens=n, samples_us=dict(run.points[0].samples_us)) for n in (8, 64))
-    few.samples_us[NARROW_KERNEL] = many.samples_us[SERIAL]
-    run = replace(run, points=[many, few])
-    for point in run.points:
-        point.bytes_moved[NARROW_KERNEL] = 1
-    lines = markdown(run).splitlines()
+    few.samples_us["kernel"] = few.samples_us[QKVZ]
+    few.bytes_moved["kernel"] = 1
+    lines = markdown(replace(run, points=[many, few])).splitlines()
     head = next(n for n, line in enumerate(lines) if line.startswith("| tokens"))
-    column = lines[head].split("|").index(" narrow_kernel us (x of qkvz) ")
+    column = lines[head].split("|").index(" kernel us (x of qkvz) ")
     assert [bool(line.split("|")[column].strip()) for line in lines[head + 2 : head + 4]] == [False, True]
-    figure, axis = plt.subplots()
-    plot._panel(axis, run.points)
-    drawn = {line.get_label(): list(line.get_xdata()) for line in axis.get_lines()}
-    plt.close(figure)
-    assert drawn.pop(NARROW_KERNEL) == [8]
-    assert all(xs in ([64, 8], [0, 1]) for xs in drawn.values())
 
 
 # Wrong input
@@ -578,12 +488,6 @@ def test_cuda_without_a_gpu(bench: Bench, tmp_path: Path) -> None:
     told(bench("projections", *SMALL, "--output", tmp_path), 2, "--device cuda: torch finds no NVIDIA GPU here")
 
 
-@needs_all
-def test_fp8_needs_a_gpu_and_bfloat16(bench: Bench, tmp_path: Path) -> None:
-    options = ("--quantization", "fp8", "--device", "cpu", "--output", tmp_path)
-    told(bench("projections", *SMALL, *options), 2, "--quantization fp8 needs --device cuda and --dtype bfloat16")
-
-
 @needs_torch
 def test_fp8_needs_whole_blocks_and_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_gdn_plugin.bench import quantized
@@ -614,7 +518,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a machine of text": (lambda data: data | {"machine": "x"}, "TypeError"),
     "a sample lost": (lambda data: data["points"][0]["samples_us"][SERIAL].pop() and data, "same number of samples"),
     "a sample of zero": (lambda data: data["points"][0]["samples_us"][QKVZ].__setitem__(0, 0) or data, "is not a time"),
-    "a strategy lost": (lambda data: data["points"][0]["samples_us"].pop(QKVZ) and data, "lacks a strategy"),
+    "a way lost": (lambda data: data["points"][0]["samples_us"].pop(QKVZ) and data, "lacks a way"),
 }
 
 

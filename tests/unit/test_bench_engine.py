@@ -83,14 +83,32 @@ def test_an_operators_own_choice_of_plugins_stays(monkeypatch: pytest.MonkeyPatc
     assert variants(["fused"])["fused"] == {"VLLM_GDN_PLUGIN_STRATEGY": "fused"}
 
 
+def test_an_engine_may_have_settings_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    found = variants(
+        ["auto", "slow=VLLM_GDN_PLUGIN_TUNE=0 VLLM_GDN_PLUGIN_STRATEGY=fused", "rules=VLLM_GDN_PLUGIN_TUNE=0"]
+    )
+    assert found["auto"] == {"VLLM_GDN_PLUGIN_STRATEGY": "auto"}
+    assert found["slow"] == {"VLLM_GDN_PLUGIN_STRATEGY": "fused", "VLLM_GDN_PLUGIN_TUNE": "0"}
+    assert found["rules"] == {"VLLM_GDN_PLUGIN_STRATEGY": "auto", "VLLM_GDN_PLUGIN_TUNE": "0"}
+    for text, says in (
+        ("rules=VLLM_GDN_PLUGIN_TUNED=0", "VLLM_GDN_PLUGIN_TUNED is no setting of the plugin"),
+        ("off=VLLM_GDN_PLUGIN_TUNE=0", "'off' is no name"),
+        ("rules-2=VLLM_GDN_PLUGIN_TUNE=0", "'rules-2' is no name"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            variants([text])
+
+
 AT_WORK = "INFO vllm-gdn-plugin 0.1.0: fused on 3 of 4 GDN layers (platform cuda, vLLM 0.32.0)"
 
 
 def test_an_engine_must_be_what_its_name_says() -> None:
-    assert require_at_work(OFF, "nothing of ours") == ""
+    assert require_at_work(OFF, "nothing of ours") == require_at_work("off-2", "nor here") == ""
     assert require_at_work("auto", f"first\n{AT_WORK}\nlast") == AT_WORK.removeprefix("INFO ")
-    with pytest.raises(WrongResult, match="without the plugin has loaded it"):
-        require_at_work(OFF, AT_WORK)
+    for stock in (OFF, "off-2"):
+        with pytest.raises(WrongResult, match="without the plugin has loaded it"):
+            require_at_work(stock, AT_WORK)
     for log in (AT_WORK.replace("3 of 4", "0 of 4"), "vllm-gdn-plugin 0.1.0 steps aside: because"):
         with pytest.raises(BadInput, match=r"the plugin does nothing here: vllm-gdn-plugin 0\.1\.0"):
             require_at_work("auto", log)
@@ -154,6 +172,29 @@ def test_of_many_rounds_slow_ones_move_neither_the_change_nor_its_interval() -> 
 
 
 @needs_report
+def test_what_two_starts_differ_by_is_a_part_of_the_interval() -> None:
+    from vllm_gdn_plugin.bench.engine.table import between_starts, changes, markdown
+
+    run = run_of(factors=(0.95,) * 12)
+    once = changes(run, "tpot_ms", "concurrency 4", "auto")
+    assert once
+    assert (once.percent, once.high) == (pytest.approx(-5), pytest.approx(-5))
+    assert between_starts(run, "tpot_ms", "concurrency 4") is None
+    run.variants |= {f"{name}-2": settings for name, settings in run.variants.items()}
+    for number in range(12):
+        run.add(number, "off-2", "concurrency 4", {"tpot_ms": 0.9 * (10.0 + number)})
+        run.add(number, "auto-2", "concurrency 4", {"tpot_ms": 0.95 * (10.0 + number)})
+    found = changes(run, "tpot_ms", "concurrency 4", "auto")
+    assert found
+    assert not found.shows_difference
+    assert (found.low, found.high) == (pytest.approx(-5), pytest.approx(100 * (0.95 / 0.9 - 1)))
+    assert found.percent == pytest.approx((2 * -5 + 2 * found.high) / 4)
+    assert between_starts(run, "tpot_ms", "concurrency 4") == pytest.approx(100 * (1 / 0.9 - 1))
+    row = next(line for line in markdown(run).splitlines() if line.startswith("| concurrency 4"))
+    assert row.endswith("| no difference shown (-5.0 % to +5.6 %) | +11.1 % |")
+
+
+@needs_report
 def test_equal_samples_are_reported_as_no_difference(tmp_path: Path) -> None:
     from vllm_gdn_plugin.bench.engine.table import markdown
 
@@ -176,7 +217,11 @@ def test_report_makes_the_same_files_again(kind: str, tmp_path: Path, capsys: py
     path = tmp_path / f"{kind}.json"
     run = run_of(kind, (1.0, 1.1, 0.9))
     run.save(path)
-    assert load(path) == run
+    found = load(path)
+    case = "cold" if kind == COMPILE else "start"
+    assert found.values("startup_s", case, "auto") == pytest.approx({0: 10, 1: 12.1, 2: 10.8})
+    found.save(path)
+    assert load(path) == found
     write_report(path)
     first = path.with_suffix(".md").read_text()
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -186,10 +231,10 @@ def test_report_makes_the_same_files_again(kind: str, tmp_path: Path, capsys: py
 
 
 DAMAGES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "no samples": (lambda data: data | {"samples": []}, "it holds no samples"),
-    "negative": (lambda data: data["samples"][0]["values"].update(startup_s=-1) or data, "not a number from 0 on"),
-    "text": (lambda data: data["samples"][0]["values"].update(startup_s="x") or data, "TypeError"),
-    "metric": (lambda data: data["samples"][0]["values"].update(speed=1) or data, "no known variant or metric"),
+    "no samples": (lambda data: data | {"samples": {}}, "it holds no samples"),
+    "negative": (lambda data: data["samples"]["start"][OFF].update(startup_s=[-1]) or data, "not a number from 0 on"),
+    "text": (lambda data: data["samples"]["start"][OFF].update(startup_s=["x"]) or data, "TypeError"),
+    "metric": (lambda data: data["samples"]["start"][OFF].update(speed=[1]) or data, "no known variant or metric"),
     "variant": (lambda data: data["variants"].pop("auto") and data, "no known variant or metric"),
     "field": (lambda data: data | {"more": 1}, "TypeError"),
 }
@@ -241,10 +286,6 @@ def test_a_run_with_nothing_to_draw_has_no_picture(tmp_path: Path) -> None:
         (["serve", "--strategy", "auto,best"], "--strategy 'best' is not one of"),
         (["serve", "--concurrency", "0"], "--concurrency '0' is not whole numbers"),
         (["serve", "--output-len", "1,2"], "--output-len '1,2' is not one number"),
-        (["serve", "--input-len", "8,x"], "--input-len '8,x' is not whole numbers"),
-        (["serve", "--rounds", "x"], "--rounds 'x' is not whole numbers"),
-        (["compile", "--layers", "4,x"], "--layers '4,x' is not whole numbers"),
-        (["compile", "--layers", "4"], "--layers needs a local model"),
         (["compile", "--at-once", "0"], "--at-once '0' is not whole numbers"),
         (["compile", "--at-once", "2"], "--at-once 2 needs --kv-cache-memory-bytes after --"),
     ],

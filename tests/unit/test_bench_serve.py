@@ -22,6 +22,7 @@ from vllm_gdn_plugin.bench.engine.server import ServerFailed
 from vllm_gdn_plugin.bench.engine.variants import OFF, variants
 from vllm_gdn_plugin.bench.errors import BadInput
 from vllm_gdn_plugin.bench.results import Machine
+from vllm_gdn_plugin.cli.main import main
 
 pytest.importorskip("psutil", reason="psutil is not installed")
 import psutil
@@ -29,7 +30,7 @@ import psutil
 from vllm_gdn_plugin.bench.engine import compile as compiling
 from vllm_gdn_plugin.bench.engine.serve import START, Load, measure
 
-NEEDS = ("torch", "numpy", "scipy", "matplotlib", "tqdm")
+NEEDS = ("torch", "numpy", "scipy", "matplotlib", "tqdm", "vllm")
 MISSING = [name for name in NEEDS if importlib.util.find_spec(name) is None]
 
 VLLM = """
@@ -218,8 +219,8 @@ def test_engines_in_turn_are_new_in_each_round(here: Path, monkeypatch: pytest.M
     assert 5 < min(run.values("host_memory_mib", START, OFF).values()) < 500  # a Python and a sleep
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_caches_are_empty_then_full(here: Path, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caches_are_empty_then_full(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = 3
     run = EngineRun(COMPILE, "command", "2026-01-01", 2, "a model", [], variants(["fused"]), MACHINE)
     started, together = compiling.started, []
 
@@ -228,54 +229,25 @@ def test_caches_are_empty_then_full(here: Path, at_once: int, monkeypatch: pytes
         return started(run, names, *arguments, **options)
 
     monkeypatch.setattr(compiling, "started", noted)
-    compiling.measure(run, [], at_once, PROGRESS)
+    compiling.measure(run, at_once, PROGRESS)
     order = [OFF, "fused", "fused", OFF]
     assert together == [order[n : n + at_once] for n in range(0, 4, at_once) for _ in range(2)]
     expected = {(n, name, case) for n in range(2) for name in (OFF, "fused") for case in ("cold", "warm")}
     assert {(s.round, s.variant, s.case) for s in run.samples} == expected
     assert all(s.values["artifacts"] == {"cold": 1, "warm": 2}[s.case] for s in run.samples)
-    assert len(run.samples) == compiling.steps(run, []) == 8
+    assert len(run.samples) == compiling.steps(run) == 8
     assert run.verified == {"fused": "the same 1 tokens and log-probabilities"}
     assert no_process_is_left(here)
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
-def test_starts_at_the_same_time_are_whole_rounds_and_told(here: Path) -> None:
-    def bench(at_once: int) -> "subprocess.CompletedProcess[str]":
-        line = [sys.executable, "-m", "vllm_gdn_plugin", "bench", "compile", "--model", "a model", "--device", "cpu"]
-        line += ["--rounds", "2", "--strategy", "fused", "--at-once", str(at_once), "--output", str(here / "out")]
-        return subprocess.run([*line, "--", *KV_CACHE], capture_output=True, text=True)
-
+def test_starts_at_the_same_time_are_whole_rounds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for at_once in (3, 6, 8):
-        done = bench(at_once)
-        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-        assert f"--at-once {at_once}: 2 rounds of 2 engines are not made of groups of so many" in done.stderr
-    done = bench(4)
-    assert done.returncode == 0, done.stderr
-    assert "- 4 engines start at the same time" in done.stdout
-    assert len(json.loads((here / "out" / "compile.json").read_text())["samples"]) == 8
-    assert no_process_is_left(here)
-
-
-@pytest.mark.parametrize("nested", [False, True])
-def test_a_model_with_other_layers_is_the_same_otherwise(tmp_path: Path, nested: bool) -> None:
-    text = {
-        "hidden_size": 8,
-        "num_hidden_layers": 8,
-        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
-    }
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": text} if nested else text))
-    for name in ("tokenizer.json", "model.safetensors", "model.safetensors.index.json"):
-        (tmp_path / name).write_text("{}")
-    other = tmp_path / "other"
-    other.mkdir()
-    compiling._model_with_layers(tmp_path, 4, other)
-    found = json.loads((other / "config.json").read_text())
-    wanted = text | {"num_hidden_layers": 4, "layer_types": text["layer_types"][:4]}
-    assert found == ({"text_config": wanted} if nested else wanted)
-    assert {path.name for path in other.iterdir()} == {"config.json", "tokenizer.json"}
-    with pytest.raises(BadInput, match="--layers 6: this model repeats a pattern of 4 layers"):
-        compiling._model_with_layers(tmp_path, 6, other)
+        line = ["bench", "compile", "--model", "a model", "--device", "cpu", "--rounds", "2", "--strategy", "fused"]
+        assert main([*line, "--at-once", str(at_once), "--output", str(tmp_path), "--", *KV_CACHE]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1
+        assert f"--at-once {at_once}: 2 rounds of 2 engines are not made of groups of so many" in told
 
 
 def test_an_engine_that_never_answers_is_stopped(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,5 +335,5 @@ def test_when_it_is_interrupted_it_keeps_what_was_measured(here: Path, monkeypat
     assert "interrupted; kept: 2 of 12 steps" in errors.splitlines()[-1]
     assert (here / "out" / "serve.png").exists()
     run = json.loads((here / "out" / "serve.json").read_text())
-    assert [(s["variant"], s["case"]) for s in run["samples"]] == [(OFF, "8 in, concurrency 1")]
+    assert {case: list(engines) for case, engines in run["samples"].items()} == {"8 in, concurrency 1": [OFF]}
     assert no_process_is_left(here)
