@@ -43,6 +43,11 @@ def test_every_action_is_pinned_and_every_right_is_given_to_one_job() -> None:
         assert not any("checkout" in s.get("uses", "") for s in JOBS[name]["steps"]), "it runs none of our code"
 
 
+def test_the_package_names_the_pythons_that_its_tests_run_on() -> None:
+    names = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert names == JOBS["ci/unit"]["strategy"]["matrix"]["python"]
+
+
 def test_the_current_version_is_in_the_changelog() -> None:
     """Under a heading of its own, or below Unreleased as long as no later one is there."""
     text = (ROOT / "CHANGELOG.md").read_text()
@@ -76,7 +81,6 @@ def repository(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changed", "status"),
     [
-        (["vllm_gdn_plugin/plan.py"], 1),
         (["vllm_gdn_plugin/new.py", "README.md"], 1),
         (["vllm_gdn_plugin/plan.py", "CHANGELOG.md"], 0),
         (["README.md"], 0),
@@ -99,7 +103,7 @@ def stand_in(folder: Path, name: str, script: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize(("status", "fails"), [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize(("status", "fails"), [(1, False), (2, True)])
 def test_the_newest_release_is_checked_by_its_wheel(tmp_path: Path, status: int, fails: bool) -> None:
     (tmp_path / "newest").mkdir()
     (tmp_path / "newest" / "vllm-0.34.1-cp38-abi3-manylinux1_x86_64.whl").touch()
