@@ -1,21 +1,29 @@
 """For scripts that build one engine after another in a process: vLLM loads its plugins for the first of them alone."""
 
 import os
+import sys
 from collections.abc import Mapping
 
-from vllm_gdn_plugin import host
 from vllm_gdn_plugin.bench.engine.variants import STRATEGY
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+from vllm_gdn_plugin.host import imports, layers, process
 from vllm_gdn_plugin.install import compile_factors, register
-from vllm_gdn_plugin.settings import read_settings
+from vllm_gdn_plugin.settings import PREFIX, read_settings
+
+BEFORE = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+"""What the process was started with, for all engines."""
 
 
 def switch_plugin(variables: Mapping[str, str]) -> None:
     """Have this process build its next engine with these environment variables: with the plugin where they name a
     strategy, else as stock vLLM, whatever an earlier engine was built with."""
-    host.stop_watching()
-    host.withdraw(compile_factors(read_settings()[0]), GDN_CLASSES.values())
-    os.environ.pop(STRATEGY, None)
-    os.environ.update(variables)
+    imports.stop_watching()
+    process.withdraw_variables(compile_factors(read_settings()[0]))
+    for module, name in GDN_CLASSES.items():
+        if stock := getattr(sys.modules.get(module), name, None):
+            layers.withdraw_from(stock)
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        del os.environ[name]
+    os.environ.update({**BEFORE, **variables})
     if STRATEGY in variables:
         register()
