@@ -15,9 +15,11 @@ from typing import Any
 import vllm_gdn_plugin
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES, check_contract, layer_module
 from vllm_gdn_plugin.decide.decision import decide, held_by, refusal
-from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, FUSED, SERIAL, LayerFacts, plan
-from vllm_gdn_plugin.host import facts, imports, layers, process, streams
-from vllm_gdn_plugin.report import Record, Refused, ledger, stepping_aside, unexpected, warn_once
+from vllm_gdn_plugin.decide.decode import why_no_kernel
+from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
+from vllm_gdn_plugin.decide.plan import AUTO, FUSED, SERIAL, plan
+from vllm_gdn_plugin.host import facts, imports, layers, process
+from vllm_gdn_plugin.report import Refused, ledger, stepping_aside, summarised
 from vllm_gdn_plugin.settings import Settings, read_settings, variable
 from vllm_gdn_plugin.versions import judge_version
 
@@ -56,12 +58,14 @@ def install(settings: Settings, module: ModuleType) -> bool:
         unwanted = decision.status == "serial" and settings.strategy != SERIAL
         if decision.status == "refused" or (unwanted and settings.strict):
             raise Refused(decision.reason)
+        layers.withdraw_from(stock)  # vLLM may call twice in a process, with other settings
         if decision.status == "serial":
             say("info", f"stock vLLM is left untouched: {decision.reason}")
             return True
         from vllm_gdn_plugin.run.layer import make_layer_class
 
-        ours = make_layer_class(stock, partial(adopt, settings, platform, stock))
+        no_kernel = why_no_decode_kernel(imports.package_directory())
+        ours = make_layer_class(stock, partial(adopt, settings, platform, no_kernel, stock))
         layers.build_in_place_of(stock, ours, partial(taken, settings))
     return True
 
@@ -72,8 +76,11 @@ def taken(settings: Settings, holder: Any) -> None:
         raise Refused(held_by(f"{holder.__module__}.{holder.__qualname__}"))
 
 
-def adopt(settings: Settings, platform: str, stock: Any, layer: Any) -> None:
-    """Plan a layer that vLLM has just constructed. One for which there is nothing to do is made one of ``stock``."""
+def adopt(settings: Settings, platform: str, no_kernel: str | None, stock: Any, layer: Any) -> None:
+    """Plan a layer that vLLM has just constructed. One for which there is nothing to do is made one of ``stock``.
+
+    ``no_kernel`` tells why this vLLM cannot have the decode kernel, or is None.
+    """
     from vllm_gdn_plugin.run.layer import Gdn, become
 
     layer.gdn = Gdn()
@@ -81,41 +88,37 @@ def adopt(settings: Settings, platform: str, stock: Any, layer: Any) -> None:
         record = ledger.construct(layer)
         record.facts = facts.layer_facts(layer, platform)
         chosen = plan(record.facts, settings.strategy)
-        if chosen.strategy == SERIAL:
+        record.no_kernel = no_kernel
+        if not no_kernel:
+            record.decode_facts = facts.decode_facts(layer, record.facts)
+            record.no_kernel = why_no_kernel(record.decode_facts, settings.decode_kernel, settings.strategy)
+        if record.no_kernel and settings.decode_kernel == "1" and settings.strict:
+            raise Refused(f"no decode kernel: {record.no_kernel}")
+        if chosen.strategy == SERIAL and record.no_kernel:
             raise Refused(chosen.reason)
-        hook = layers.after_loading(layer, partial(loaded, settings))
-        if settings.tune and settings.strategy == AUTO:
+        hook = layers.after_loading(layer, partial(loaded, settings, stock))
+        if settings.tune:
             record.sizes = facts.captured_sizes()
         if chosen.strategy == FUSED:
-            layer.gdn.fused = fuse(layer, record)
+            from vllm_gdn_plugin.run.engine import fuse
+
+            layer.gdn.fused = fuse(layer, record, by_time=settings.strategy == AUTO)
         layers.hold_first(layer, hook)
         layer.gdn.strategy = record.strategy = chosen.strategy
         record.loading = True
-    if layer.gdn.strategy == SERIAL:
+    if not record.loading:
         become(layer, stock)
 
 
-def fuse(layer: Any, record: Record) -> Any:
-    """The one weight of a layer. Where its rows cannot be timed, they are as few as possible, and a line says why."""
-    from vllm_gdn_plugin.run.fused import FusedWeight
-    from vllm_gdn_plugin.run.timing import rows_of
-
-    qkvz, ba = layer.in_proj_qkvz, layer.in_proj_ba
-    outputs = qkvz.weight.shape[0] + ba.weight.shape[0]
-    record.rows = or_by_rule(lambda sizes: rows_of(qkvz.weight.data, outputs, sizes), record.sizes)
-    return FusedWeight(qkvz, ba, record.rows)
-
-
-def loaded(settings: Settings, layer: Any) -> None:
+def loaded(settings: Settings, stock: Any, layer: Any) -> None:
     """Finish a layer whose weights are in place, and with the last one say what was done in this engine, or stage.
 
     By now vLLM may have given a projection another linear method, and a loader may have replaced a parameter instead of
     writing into it: so the layer is planned anew. A reload comes here again.
     """
     gdn, record = layer.gdn, ledger.records[layer.prefix]
-    speaks = process.is_first_rank_of_stage
     planned, gdn.strategy, record.loading = record.strategy, SERIAL, False
-    with stepping_aside(settings, speaks) as say:
+    with stepping_aside(settings, speaks=process.is_first_rank_of_stage) as say:
         assert record.facts is not None
         record.facts = replace(
             record.facts,
@@ -126,57 +129,34 @@ def loaded(settings: Settings, layer: Any) -> None:
         chosen = plan(record.facts, settings.strategy)
         gdn.strategy = chosen.strategy
         gdn.plain_gemm = record.facts.platform == "cuda" and not record.facts.batch_invariant
-        if chosen.strategy == SERIAL:
+        if SERIAL == chosen.strategy != planned:
             raise Refused(chosen.reason)
         if chosen.strategy != planned:
             say("warning", f"a GDN layer runs {chosen.strategy} in place of {planned}: {chosen.reason}")
     record.strategy = gdn.strategy
-    with stepping_aside(settings, speaks) as say:
-        timed = "" if ledger.loading else settle(layer)
-        summary = ledger.summary()
+    if not ledger.loading:
+        all_loaded(settings, stock, layer)
+
+
+def all_loaded(settings: Settings, stock: Any, last: Any) -> None:
+    """All layers are loaded, ``last`` the last of them: settle what is left to choose, and say what is done."""
+    from vllm_gdn_plugin.run.engine import settle_decode, settle_projections
+
+    with stepping_aside(settings, speaks=process.is_first_rank_of_stage) as say:
+        news = ledger.news()
+        phrases = [settle_projections(news, last, by_time=settings.strategy == AUTO)]
+        phrases += [settle_decode(stock, news, everywhere=settings.decode_kernel == "1")]
+        why_not = next((record.no_kernel for record in news if record.no_kernel), None)
+        if why_not and settings.decode_kernel != "0":
+            phrases += [f"no decode kernel: {why_not}"]
+        summary, stage = summarised(news), process.pipeline_stage()
         if summary:
-            stage = process.pipeline_stage()
             where = "" if stage is None else f" of pipeline stage {stage}"
-            how = f"; in CUDA graphs {timed}" if timed else ""
-            platform = record.facts.platform if record.facts else "unknown"
-            say("info", f"{summary}{where} (platform {platform}, vLLM {imports.version()}){how}", again=True)
-
-
-def settle(last: Any) -> str:
-    """Give the layers that run dual_stream their ways by number of tokens, and say in a phrase what they are.
-
-    ``last`` is the layer whose loading is about to end: vLLM comes to a layer before its projections, so only the
-    others' weights are as they will be used.
-    """
-    from vllm_gdn_plugin.run.timing import ways_of
-
-    alike: dict[tuple[LayerFacts, tuple[int, ...]], list[Any]] = {}
-    for record in ledger.records.values():
-        layer = record.layer()
-        if record.strategy == DUAL_STREAM and record.facts is not None and not record.told and layer is not None:
-            alike.setdefault((record.facts, record.sizes), []).append(layer)
-    phrases = []
-    for (layer_facts, sizes), group in alike.items():
-        ready = [layer for layer in group if layer is not last]
-        ways, phrase = or_by_rule(partial(ways_of, group, ready, layer_facts), sizes)
-        for layer in group:
-            layer.gdn.ways = ways
-        phrases += [phrase] if phrase else []
-    if any(layer_facts.platform == "cuda" for layer_facts, _ in alike):
-        streams.prepare_aux_stream()  # after all timing, which gives back what was prepared before
-    return "; ".join(phrases)
-
-
-def or_by_rule(choose: Callable[[tuple[int, ...]], Any], sizes: tuple[int, ...]) -> Any:
-    """What is chosen by the times of these sizes; where timing fails a line says why, and the rules choose."""
-    from vllm_gdn_plugin.tune.settle import UNTIMED
-
-    if sizes:
-        try:
-            return choose(sizes)
-        except Exception as error:
-            warn_once(UNTIMED, unexpected(error))
-    return choose(())
+            platform = next(record.facts.platform for record in news if record.facts)
+            done = f"{summary}{where} (platform {platform}, vLLM {imports.version()})"
+            say("info", "; ".join(filter(None, [done, *phrases])), again=True)
+        elif news and why_not:
+            raise Refused(f"no decode kernel: {why_not}")
 
 
 def compile_factors(settings: Settings) -> dict[str, Callable[[], Any]]:

@@ -3,13 +3,14 @@
 import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from traceback import extract_tb
 from typing import Any
 
 import vllm_gdn_plugin
+from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import SERIAL, LayerFacts
 from vllm_gdn_plugin.host import process
 from vllm_gdn_plugin.settings import Settings
@@ -17,6 +18,9 @@ from vllm_gdn_plugin.settings import Settings
 
 class Refused(RuntimeError):
     """The plugin steps aside; under VLLM_GDN_PLUGIN_STRICT=1 this stops the engine."""
+
+
+DECODE_KERNEL = "decode kernel"
 
 
 @dataclass
@@ -31,9 +35,20 @@ class Record:
     strategy: str = SERIAL
     rows: int = 0
     """Of the weight of a fused layer."""
+    decode_facts: DecodeFacts | None = None
+    no_kernel: str | None = None
+    """Why it has no decode kernel; None while it may have one."""
+    decodes: bool = False
+    """It has the decode kernel."""
     loading: bool = False
     """Its weights are still to come."""
     told: bool = False
+
+    @property
+    def runs(self) -> str:
+        """What of ours runs in it; empty where it runs as in stock vLLM."""
+        strategy = "" if self.strategy == SERIAL else self.strategy
+        return " + ".join(filter(None, [strategy, DECODE_KERNEL if self.decodes else ""]))
 
 
 class Ledger:
@@ -58,27 +73,30 @@ class Ledger:
         """Whether weights of some layer are still to come."""
         return any(record.loading for record in self.records.values())
 
-    def summary(self) -> str:
-        """``dual_stream on 30 of 30 GDN layers``, once for an engine, when its last layer is loaded; else empty."""
-        if self.loading:
-            return ""
+    def news(self) -> list[Record]:
+        """The layers of which nothing was told yet, once: those of an engine, or of a draft model beside it."""
         news = [record for record in self.records.values() if not record.told]
         for record in news:
             record.told = True
-        strategies = [record.strategy for record in news]
-        used = sorted({strategy for strategy in strategies if strategy != SERIAL})
-        return ", ".join(f"{s} on {strategies.count(s)} of {len(strategies)} GDN layers" for s in used)
+        return news
 
     def state(self) -> str:
         """Which layers run with what: part of vLLM's compile-cache keys."""
-        plans = sorted((name, r.strategy, r.rows) for name, r in self.records.items() if r.strategy != SERIAL)
+        plans = sorted((name, record.runs, record.rows) for name, record in self.records.items() if record.runs)
         if not plans:
             return "stock"
-        used = "+".join(sorted({strategy for _, strategy, _ in plans}))
+        used = "+".join(sorted({runs for _, runs, _ in plans}))
         return f"{used} {hashlib.sha256(repr(plans).encode()).hexdigest()[:16]}"
 
 
 ledger = Ledger()
+
+
+def summarised(records: Collection[Record]) -> str:
+    """``fused + decode kernel on 30 of 30 GDN layers``; empty where all run as in stock vLLM."""
+    each = [record.runs for record in records]
+    return ", ".join(f"{runs} on {each.count(runs)} of {len(each)} GDN layers" for runs in sorted(set(each)) if runs)
+
 
 _said: set[str] = set()
 

@@ -51,7 +51,10 @@ def decide(
     why = refusal(verdict, contract)
     if why is not None:
         return Decision("refused", SERIAL, why)
-    chosen = platform_plan(platform(), settings.strategy)
+    named = platform()
+    chosen = platform_plan(named, settings.strategy)
+    if settings.strategy == SERIAL and settings.decode_kernel == "1" and named == "cuda":
+        return Decision("active", SERIAL, "VLLM_GDN_PLUGIN_DECODE_KERNEL=1 asks for the decode kernel alone")
     return Decision("serial" if chosen.strategy == SERIAL else "active", chosen.strategy, chosen.reason)
 
 

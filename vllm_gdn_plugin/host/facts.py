@@ -1,11 +1,13 @@
 """Facts about vLLM's configuration, its GDN layers and the GPU, as the plans and the times need them."""
 
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vllm_gdn_plugin.decide.checkpoint import digest
+from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import LayerFacts, ProjectionFacts
 
 
@@ -52,6 +54,38 @@ def _on_one_device(layer: Any) -> bool:
     weights = [getattr(getattr(layer, name, None), "weight", None) for name in ("in_proj_qkvz", "in_proj_ba")]
     devices = {str(getattr(weight, "device", None)) for weight in weights}
     return len(devices) == 1 and not devices & {"meta", "None"}
+
+
+def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
+    """The facts on which the decode kernel depends, about a layer of vLLM 0.28 or later."""
+    from vllm import envs
+    from vllm.config.vllm import get_current_vllm_config
+    from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+
+    config = get_current_vllm_config()
+    mode = getattr(config.compilation_config, "cudagraph_mode", None)
+    conv_state, ssm_state, *_ = layer.get_state_dtype()
+    chosen = os.environ.get("VLLM_GDN_DECODE_KERNEL", "").strip().lower()
+    turned_off = f"VLLM_GDN_DECODE_KERNEL={chosen}" if chosen not in ("", "cuda") else ""
+    if not layer.enable_packed_recurrent_decode:
+        turned_off = "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE=0"
+    return DecodeFacts(
+        platform=facts.platform,
+        layout="interleaved" if layer.gqa_interleaved_layout else "flat",
+        head_dims=(layer.head_k_dim, layer.head_v_dim),
+        conv=(layer.conv_kernel_size, layer.conv1d.bias is not None, layer.activation),
+        gate=layer.norm.activation,
+        norm=(layer.norm.group_size, layer.norm.norm_before_gate),
+        dtypes=(facts.activation_dtype, *map(_dtype_name, (conv_state, ssm_state, layer.norm.weight.dtype))),
+        conv_state_dim_first=bool(is_conv_state_dim_first()),
+        lora=facts.lora,
+        batch_invariant=facts.batch_invariant,
+        speculation=config.speculative_config is not None,
+        ubatching=facts.ubatching,
+        breakable_graphs=bool(envs.VLLM_USE_BREAKABLE_CUDAGRAPH),
+        piecewise_decode=facts.cuda_graphs and mode is not None and mode.decode_mode().name == "PIECEWISE",
+        turned_off=turned_off,
+    )
 
 
 def projection_facts(linear: Any) -> ProjectionFacts:

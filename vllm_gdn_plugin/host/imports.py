@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -48,16 +49,25 @@ class _ImportWatch(MetaPathFinder):
     def __init__(self, module_names: tuple[str, ...], action: Callable[[ModuleType], bool]) -> None:
         self.module_names = module_names
         self.action = action
+        self._searching = threading.local()
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in self.module_names:
-            return None
-        for finder in sys.meta_path:
+        if name not in self.module_names or vars(self._searching):
+            return None  # the latter where another plugin's watch asks all finders, as this one does
+        self._searching.name = name
+        try:
+            spec = self._spec_of_others(name, path, target)
+        finally:
+            del self._searching.name
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoaderWithStep(spec.loader, self)
+        return spec
+
+    def _spec_of_others(self, name: str, path: Any, target: ModuleType | None) -> ModuleSpec | None:
+        for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
             find = getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = find(name, path, target) if find and finder is not self else None
+            spec: ModuleSpec | None = find(name, path, target) if find else None
             if spec is not None:
-                if spec.loader is not None:
-                    spec.loader = _LoaderWithStep(spec.loader, self)
                 return spec
         return None
 

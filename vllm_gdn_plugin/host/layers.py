@@ -14,12 +14,10 @@ def build_in_place_of(stock: Any, ours: Any, taken: Callable[[Any], None]) -> No
     ``stock`` gets a ``__new__`` of its own, and each construction decides. Where somebody holds the name by then, they
     keep it, and ``taken`` is told their class. Deletable once vLLM lets several plugins ask for one layer.
 
-    Raises TypeError where ``stock`` has a ``__new__`` of its own already. Called again, it changes nothing.
+    Raises TypeError where ``stock`` has a ``__new__`` of its own already.
     """
     from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 
-    if is_built_in_place_of(stock):
-        return
     if "__new__" in vars(stock):
         raise TypeError(f"{stock.__module__}.{stock.__qualname__} has a __new__ of its own")
 
@@ -69,7 +67,9 @@ def after_loading(layer: Any, action: Callable[[Any], None]) -> Any:
             raise NotImplementedError("a GDN layer is called by its forward")
 
         def process_weights_after_loading(self, layer: Any) -> None:
-            action(known())
+            holder = known()
+            if holder is not None and vars(holder).get("gdn_after_loading", layer) is layer:
+                action(holder)
 
     known = weakref.ref(layer)  # the layer holds the module, which must not hold the layer
     module = torch.nn.Module()
@@ -84,6 +84,19 @@ def hold_first(layer: Any, module: Any) -> None:
     modules = vars(layer).get("_modules", {})
     for name in [name for name in modules if modules[name] is not module]:
         modules[name] = modules.pop(name)
+
+
+def attention_metadata(layer: Any) -> Any | None:
+    """The layer's metadata in the current forward pass; None in a dry run."""
+    metadata = sys.modules["vllm.forward_context"].get_forward_context().attn_metadata
+    return metadata.get(layer.prefix) if isinstance(metadata, dict) else None
+
+
+def in_piecewise_graph() -> bool:
+    """Whether this forward pass captures or replays piecewise CUDA graphs. One that is captured as a whole is known by
+    FULL or, in the V2 model runner, by NONE."""
+    context = sys.modules["vllm.forward_context"].get_forward_context()
+    return getattr(context.cudagraph_runtime_mode, "name", "") == "PIECEWISE"
 
 
 def layer_by_name(layer_name: Any) -> Any:

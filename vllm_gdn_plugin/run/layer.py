@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, SERIAL
 from vllm_gdn_plugin.report import warn_once
+from vllm_gdn_plugin.run.decode import Decode, run_core
 from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS, project_side_by_side
 from vllm_gdn_plugin.run.fused import FusedWeight
 from vllm_gdn_plugin.tune.choose import at
@@ -26,6 +28,9 @@ class Gdn:
     """vLLM runs ``in_proj_ba`` by ``F.linear``, with the weight as it was loaded."""
     ways: Mapping[int, str] = field(default_factory=dict)
     """By captured number of tokens dual_stream or serial, where these were timed."""
+
+    decode: Decode | None = None
+    """The decode kernel of this layer, where it is on."""
 
     def overlaps(self, num_tokens: int) -> bool:
         """Whether dual_stream overlaps a captured batch of this size."""
@@ -56,17 +61,31 @@ class ProjectedLayer:
         return self._ba, None
 
 
+class DecodedLayer(ProjectedLayer):
+    """The same for a layer with the decode kernel: it takes vLLM's packed branch, with an op before ``out_proj``."""
+
+    enable_fused_gdn_decode = True  # 0.28 to 0.31
+    enable_fused_gdn_spec_decode = True  # 0.32 and later
+
+    def out_proj(self, core_attn_out: torch.Tensor) -> Any:
+        torch.ops.vllm_gdn_plugin.gdn_gated_norm(core_attn_out, self._qkvz, _encode_layer_name(self._layer.prefix))
+        return self._layer.out_proj(core_attn_out)
+
+
 def project(layer: Any, hidden_states: torch.Tensor) -> Any:
     """What the stock forward runs on: the layer itself where its strategy is serial, else its stand-in."""
     gdn = layer.gdn
     if gdn.strategy == FUSED and not torch.compiler.is_compiling() and not gdn.fused.is_of(layer):
         warn_once(NOT_IN_PLACE, "a weight of its projections was replaced or moved after loading")
         gdn.strategy = SERIAL
-    if gdn.strategy == SERIAL:
+    if gdn.strategy == SERIAL and gdn.decode is None:
         return layer
+    stand_in = ProjectedLayer if gdn.decode is None else DecodedLayer
     if gdn.strategy == FUSED:
-        return ProjectedLayer(layer, *gdn.fused.project(hidden_states))
-    return ProjectedLayer(layer, *project_side_by_side(layer, hidden_states))
+        return stand_in(layer, *gdn.fused.project(hidden_states))
+    if gdn.strategy == DUAL_STREAM:
+        return stand_in(layer, *project_side_by_side(layer, hidden_states))
+    return stand_in(layer, layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0])
 
 
 def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
@@ -95,8 +114,18 @@ def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
             def forward_cpu(self, hidden_states: torch.Tensor, *output: torch.Tensor) -> Any:
                 return stock.forward_cpu(project(self, hidden_states), hidden_states, *output)
 
+        if hasattr(stock, "_forward_core_fused_norm_packed"):
+
+            def _forward_core_fused_norm_packed(self, mixed_qkvz: Any, ba: Any, core_attn_out: Any) -> None:
+                run = run_core if self.gdn.decode is not None else _stock_core
+                run(stock, self, mixed_qkvz, ba, core_attn_out)
+
     GdnPluginLayer.__name__, GdnPluginLayer.__qualname__ = stock.__name__, stock.__qualname__
     return GdnPluginLayer
+
+
+def _stock_core(stock: Any, layer: Any, mixed_qkvz: Any, ba: Any, core_attn_out: Any) -> None:
+    stock._forward_core_fused_norm_packed(layer, mixed_qkvz, ba, core_attn_out)
 
 
 def become(layer: Any, layer_class: Any) -> None:

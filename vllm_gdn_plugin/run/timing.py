@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 
+from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL, LayerFacts
 from vllm_gdn_plugin.host.streams import prepare_aux_stream
+from vllm_gdn_plugin.run.decode import KERNEL, STOCK
+from vllm_gdn_plugin.run.decode import MOST_TOKENS as MOST_DECODED
 from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS, WAYS
 from vllm_gdn_plugin.run.fused import rows_to_choose_from
 from vllm_gdn_plugin.tune.choose import described, fastest, fastest_throughout
@@ -19,6 +22,9 @@ from vllm_gdn_plugin.tune.times import Case
 
 CACHE_FILLS = 4
 """Weights that are timed in turn hold this many times what the GPU's cache holds: they come from memory."""
+
+SCRATCH_BYTES = 256 * 2**20
+"""Of recurrent states, to time the decode."""
 
 FEW_TOKENS = 256
 """Rows are chosen by the times of batches of up to so many tokens, at powers of two of them."""
@@ -117,6 +123,46 @@ def ways_of(
 
     chosen_from, how = settled(case, sizes, measure)
     chosen = fastest(chosen_from, DUAL_STREAM)
+    return chosen, f"{described(chosen)} ({how})" if chosen else ""
+
+
+def decode_ways_of(stock: Any, layer: Any, facts: DecodeFacts, sizes: Sequence[int]) -> tuple[dict[int, str], str]:
+    """The decode kernel or vLLM's own for each captured number of tokens, and a phrase that tells it.
+
+    Timed on scratch states that do not fit the cache. Batches too large for :data:`SCRATCH_BYTES` are left out.
+
+    Args:
+        layer: one of those that are alike.
+        sizes: captured numbers of tokens; none where nothing may be timed.
+    """
+    from vllm_gdn_plugin.run.proof import ScratchLayer  # needs Triton
+
+    heads, dim = layer.A_log.shape[0], layer.head_v_dim
+    slot_bytes = heads * dim * dim * layer.get_state_dtype()[1].itemsize
+    slots = SCRATCH_BYTES // slot_bytes
+    sizes = [n for n in sizes if n <= min(MOST_DECODED, slots)]
+    if not sizes:
+        return {}, ""
+    named = {"decode": tuple(asdict(facts).values()), "heads": heads, "qkv": layer.conv1d.weight.shape[0]}
+    ways = (STOCK, KERNEL)
+    case = case_of("decode", named, ways)
+
+    def measure(missing: list[int]) -> Any:
+        scratch = ScratchLayer(layer, slots + 1, max(missing))
+        out = scratch.empty_output()
+
+        def works(tokens: int) -> Mapping[str, Sequence[Any]]:
+            turns = min(CudaTimer.min_layers, slots // tokens)
+            each = 1 + torch.arange(turns * tokens, dtype=torch.int32, device=out.device).view(turns, tokens)
+            return {
+                KERNEL: [partial(scratch.decode_by_kernel, indices, out) for indices in each],
+                STOCK: [partial(scratch.decode_by_vllm, stock, indices, out) for indices in each],
+            }
+
+        return timed(works, missing, 0)
+
+    times, how = settled(case, sizes, measure)
+    chosen = fastest(times, STOCK)
     return chosen, f"{described(chosen)} ({how})" if chosen else ""
 
 

@@ -1,0 +1,107 @@
+"""What the decode kernel relies on in vLLM's Gated Delta Net layer, checked on vLLM's source text.
+
+On its own: where it does not hold, vLLM decodes as it is, and the projections are still taken.
+"""
+
+import ast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES, UNREADABLE, layer_module, parse
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+FLAGS = ("enable_fused_gdn_decode", "enable_fused_gdn_spec_decode")
+"""The attribute by which ``forward_cuda`` takes its packed branch: 0.28 to 0.31, and 0.32 and later."""
+
+PACKED_OP = "qwen_gdn_attention_core_fused_norm_packed"
+PACKED_CORE = "_forward_core_fused_norm_packed"
+DECODE = "_forward_core_decode_non_spec"
+
+SIGNATURES = {
+    PACKED_CORE: ["self", "mixed_qkvz", "ba", "core_attn_out"],
+    "_forward_core": ["self", "mixed_qkv", "b", "a", "core_attn_out"],
+    DECODE: ["self", "mixed_qkv", "b", "a", "core_attn_out", "attn_metadata"],
+    "split_ba": ["self", "ba"],
+}
+
+KERNELS = ("causal_conv1d_update", "fused_recurrent_gated_delta_rule_packed_decode")
+"""What vLLM decodes with, one after the other."""
+
+PURE_DECODE = ("spec_sequence_masks is None", "num_prefills == 0", "num_decodes > 0")
+METADATA = ("spec_sequence_masks", "num_prefills", "num_decodes", "num_actual_tokens", "non_spec_state_indices_tensor")
+METADATA_MODULE = "vllm.v1.attention.backends.gdn_attn"
+
+
+def why_no_decode_kernel(package: "Traversable") -> str | None:
+    """The first point that does not hold in the sources of the package ``vllm``, or None."""
+    module = layer_module(package)
+    if module is None:
+        return "the GDN layer has moved"
+    try:
+        tree = parse(package, module)
+        classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == GDN_CLASSES[module]]
+        if len(classes) != 1:
+            return f"there is not one class {GDN_CLASSES[module]}"
+        return next(_breaches(classes[0], tree, parse(package, METADATA_MODULE)), None)
+    except UNREADABLE as error:
+        return f"its source cannot be read: {type(error).__name__}: {error}"
+
+
+def _breaches(layer: ast.ClassDef, module: ast.Module, metadata: ast.Module) -> Iterator[str]:
+    methods = {n.name: n for n in layer.body if isinstance(n, ast.FunctionDef)}
+    if PACKED_CORE not in methods:
+        yield "this vLLM has no packed branch for it, which came with 0.28"
+        return
+    for name, expected in SIGNATURES.items():
+        if name not in methods or [a.arg for a in methods[name].args.args] != expected:
+            yield f"{name} is not a method of {', '.join(expected)}"
+            return
+    if not _takes_packed_branch(methods["forward_cuda"]):
+        yield f"forward_cuda has no branch of {' or '.join(FLAGS)} that runs {PACKED_OP} and then out_proj"
+    ops = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == PACKED_OP]
+    if len(ops) != 1 or _calls(ops[0], PACKED_CORE) != 1:
+        yield f"{PACKED_OP} does not call {PACKED_CORE} once"
+    if not _decodes_by(methods["_forward_core"]):
+        yield f"_forward_core does not hand a pure decode to {DECODE}"
+    decode = methods[DECODE]
+    if any(_calls(decode, kernel) != 1 for kernel in KERNELS):
+        yield f"{DECODE} does not call {' and '.join(KERNELS)} once each"
+    if "self.kv_cache" not in ast.unparse(decode) or "transpose(-1, -2)" not in ast.unparse(decode):
+        yield f"{DECODE} does not find conv state and recurrent state in kv_cache as expected"
+    fields = {ast.unparse(n.target) for n in ast.walk(metadata) if isinstance(n, ast.AnnAssign)}
+    yield from (f"GDNAttentionMetadata has no {name}" for name in METADATA if name not in fields)
+
+
+def _takes_packed_branch(forward: ast.FunctionDef) -> bool:
+    """``flagged = self.<flag> and ...``, then ``if flagged:`` zeros, the op, ``self.out_proj`` of the result."""
+    flagged = {
+        target.id
+        for n in forward.body
+        if isinstance(n, ast.Assign) and any(f"self.{flag}" in ast.unparse(n.value) for flag in FLAGS)
+        for target in n.targets
+        if isinstance(target, ast.Name)
+    }
+    for branch in (n for n in forward.body if isinstance(n, ast.If) and ast.unparse(n.test) in flagged):
+        text = [ast.unparse(statement) for statement in branch.body]
+        return (
+            len(text) == 4
+            and text[0].startswith("core_attn_out = torch.zeros(")
+            and text[1].startswith(f"torch.ops.vllm.{PACKED_OP}(mixed_qkvz, ba, core_attn_out, ")
+            and text[2:] == ["output, _ = self.out_proj(core_attn_out.flatten(-2))", "return output"]
+        )
+    return False
+
+
+def _decodes_by(core: ast.FunctionDef) -> bool:
+    for branch in (n for n in core.body if isinstance(n, ast.If)):
+        test = ast.unparse(branch.test)
+        if all(f"attn_metadata.{condition}" in test for condition in PURE_DECODE):
+            returns = [n for n in branch.body if isinstance(n, ast.Return) and n.value is not None]
+            return len(branch.body) == len(returns) == 1 and _calls(returns[0], DECODE) == 1
+    return False
+
+
+def _calls(code: ast.AST, name: str) -> int:
+    return sum(isinstance(n, ast.Call) and ast.unparse(n.func).rpartition(".")[2] == name for n in ast.walk(code))

@@ -1,0 +1,150 @@
+"""Where the decode kernel runs: in vLLM's packed branch, which hands ``qkvz`` and ``ba`` whole to one op.
+
+vLLM 0.28 and later have in ``forward_cuda`` a branch whose op calls ``_forward_core_fused_norm_packed``, and then
+``out_proj``. The plugin takes that branch, overrides that method (:func:`run_core`) and puts an op of its own before
+``out_proj`` (``gdn_gated_norm``). For a batch that only decodes, the method runs the kernel, which also normalises, and
+the op has nothing to do. For all else the method runs vLLM's own code without the norm, and the op normalises. So a
+prefill pays no more launches than in vLLM's other branch, and in piecewise CUDA graphs the op's kernel is captured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
+
+from vllm_gdn_plugin.host.layers import attention_metadata, in_piecewise_graph, layer_by_name
+from vllm_gdn_plugin.report import unexpected, warn_once
+from vllm_gdn_plugin.tune.choose import at
+
+KERNEL = "kernel"
+STOCK = "stock"
+
+FEW_TOKENS = 16
+"""Where nothing is timed, batches of up to so many tokens take the kernel."""
+
+MOST_TOKENS = 512
+"""No larger batch takes it."""
+
+_library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
+
+
+@dataclass
+class Decode:
+    """The decode kernel of one layer."""
+
+    counters: torch.Tensor
+    """int32, zeros between two launches: each launch leaves them so. They serve one launch at a time."""
+    ways: Mapping[int, str] = field(default_factory=dict)
+    """By captured number of tokens the faster of kernel and stock, where these were timed."""
+    normalised: bool = False
+    """What this step's core has given is normalised: there is nothing left for ``gdn_gated_norm``."""
+    broken: bool = False
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a batch of so many tokens, all of them decoding, takes the kernel."""
+        by_rule = KERNEL if num_tokens <= FEW_TOKENS else STOCK
+        return not self.broken and num_tokens <= MOST_TOKENS and at(self.ways, num_tokens, by_rule) == KERNEL
+
+
+def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor, core_attn_out: torch.Tensor) -> None:
+    """In place of ``_forward_core_fused_norm_packed``: the same, but for the norm of what is not decoded here.
+
+    Args:
+        stock: vLLM's class of the layer.
+        mixed_qkvz: (num_tokens, qkv + HV * 128), rows of any stride.
+        ba: (num_tokens, outputs of ``in_proj_ba``), rows of any stride.
+        core_attn_out: (num_tokens, HV, 128), zeros. Rows beyond the step's own stay zeros.
+    """
+    decode = layer.gdn.decode
+    decode.normalised = False
+    metadata = attention_metadata(layer)
+    if metadata is None:  # a dry run, in which vLLM warms its kernels up
+        stock._forward_core_fused_norm_packed(layer, mixed_qkvz, ba, core_attn_out)
+        return
+    b, a = layer.split_ba(ba)
+    tokens = metadata.num_actual_tokens
+    decodes_only = metadata.spec_sequence_masks is None and not metadata.num_prefills and metadata.num_decodes
+    if decodes_only and decode.takes(tokens) and not in_piecewise_graph():
+        try:
+            run_kernel(
+                layer,
+                mixed_qkvz[:tokens],
+                b[:tokens],
+                a[:tokens],
+                layer.kv_cache[0],
+                layer.kv_cache[1],
+                metadata.non_spec_state_indices_tensor[:tokens],
+                core_attn_out[:tokens],
+            )
+            decode.normalised = True
+            return
+        except Exception as error:
+            decode.broken = True
+            warn_once("the decode kernel failed and is left out", unexpected(error))
+    b, a = torch.stack((b, a))  # contiguous, by one kernel
+    layer._forward_core(mixed_qkvz[:, : layer.conv1d.weight.shape[0]], b, a, core_attn_out)
+
+
+def run_kernel(
+    layer: Any,
+    mixed_qkvz: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    conv_state: torch.Tensor,
+    ssm_state: torch.Tensor,
+    state_indices: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """:func:`vllm_gdn_plugin.run.decode_kernel.decode` with the layer's own weights."""
+    from vllm_gdn_plugin.run.decode_kernel import decode, variant_for  # needs Triton, which vLLM has on a GPU
+
+    weight = layer.conv1d.weight
+    decode(
+        mixed_qkvz,
+        b,
+        a,
+        conv_state,
+        weight.view(weight.shape[0], weight.shape[-1]),
+        layer.A_log,
+        layer.dt_bias,
+        ssm_state,
+        state_indices,
+        layer.norm.weight,
+        out,
+        layer.gdn.decode.counters,
+        eps=layer.norm.eps,
+        gate=layer.norm.activation,
+        variant=variant_for(b.shape[0], ssm_state.dtype),
+    )
+
+
+def gdn_gated_norm(core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor, layer_name: LayerNameType) -> None:
+    """Normalise what the core gave, in place, unless the decode kernel has done it.
+
+    Args:
+        core_attn_out: (num_tokens, HV * 128), contiguous.
+        mixed_qkvz: what ``in_proj_qkvz`` gave, with the gate in its last HV * 128 columns.
+        layer_name: the layer's key in the forward context.
+    """
+    layer = layer_by_name(layer_name)
+    if layer.gdn.decode.normalised:
+        layer.gdn.decode.normalised = False
+        return
+    normalise(layer, core_attn_out, mixed_qkvz)
+
+
+def normalise(layer: Any, core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor) -> None:
+    """The layer's gated norm, in place; see :func:`gdn_gated_norm`."""
+    from vllm_gdn_plugin.run.gated_norm import gated_norm  # needs Triton
+
+    gate = mixed_qkvz[:, mixed_qkvz.shape[1] - core_attn_out.shape[1] :]
+    gated_norm(core_attn_out, gate, layer.norm.weight, layer.norm.eps, layer.norm.activation == "sigmoid")
+
+
+def _fake_norm(core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor, layer_name: LayerNameType) -> None:
+    """Gives nothing."""
+
+
+direct_register_custom_op("gdn_gated_norm", gdn_gated_norm, ["core_attn_out"], _fake_norm, _library)

@@ -1,0 +1,92 @@
+"""The decode kernel beside vLLM's own code on scratch states: it proves itself at each start, and is timed so."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm_gdn_plugin.run.decode import Decode, normalise, run_kernel
+from vllm_gdn_plugin.run.decode_kernel import counters_for
+
+TOKENS, STEPS = 5, 3
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+"""Difference from vLLM's as a share of the norm. Both round to bfloat16 a few times, where their sums differ."""
+
+
+class ScratchLayer:
+    """A GDN layer with random weights of the layer's shapes and dtypes, and states of its own; else that layer."""
+
+    def __init__(self, layer: Any, slots: int, tokens: int) -> None:
+        device, self._layer = layer.A_log.device, layer
+        own = torch.Generator(device).manual_seed(0)  # the engine samples with the default one
+
+        def like(tensor: torch.Tensor) -> torch.Tensor:
+            return torch.randn(tensor.shape, dtype=tensor.dtype, device=device, generator=own)
+
+        def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.randn(shape, dtype=dtype, device=device, generator=own)
+
+        conv_dtype, ssm_dtype, *_ = layer.get_state_dtype()
+        qkv = layer.conv1d.weight.shape[0]
+        self.value_heads, self.dim = layer.A_log.shape[0], layer.head_v_dim
+        self.key_heads = (qkv // self.dim - self.value_heads) // 2
+        self.conv1d = SimpleNamespace(weight=like(layer.conv1d.weight), bias=None)
+        self.A_log, self.dt_bias = like(layer.A_log).abs().log(), like(layer.dt_bias)
+        self.norm = SimpleNamespace(
+            weight=like(layer.norm.weight),
+            bias=None,
+            eps=layer.norm.eps,
+            group_size=None,
+            norm_before_gate=True,
+            activation=layer.norm.activation,
+        )
+        heads = self.value_heads
+        ssm = new(slots, heads, self.dim, self.dim, dtype=ssm_dtype)
+        self.kv_cache = new(slots, 3, qkv, dtype=conv_dtype), ssm
+        self.gdn = SimpleNamespace(decode=Decode(counters_for(tokens, self.key_heads, device)))
+        self.qkvz = new(tokens, qkv + heads * self.dim, dtype=conv_dtype)
+        self.ba = new(tokens, 2 * heads, dtype=conv_dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def empty_output(self) -> torch.Tensor:
+        return self.qkvz.new_zeros(self.qkvz.shape[0], self.value_heads, self.dim)
+
+    def decode_by_kernel(self, state_indices: torch.Tensor, out: torch.Tensor) -> None:
+        n = len(state_indices)
+        b, a = self.ba[:n].chunk(2, dim=-1)
+        run_kernel(self, self.qkvz[:n], b, a, *self.kv_cache, state_indices, out[:n])
+
+    def decode_by_vllm(self, stock: Any, state_indices: torch.Tensor, out: torch.Tensor) -> None:
+        """What a layer with the kernel runs where it is slower: vLLM's two kernels, and the norm."""
+        n = len(state_indices)
+        b, a = torch.stack(self.ba[:n].chunk(2, dim=-1))
+        metadata = SimpleNamespace(num_actual_tokens=n, non_spec_state_indices_tensor=state_indices)
+        qkv = self.qkvz[:n, : self.conv1d.weight.shape[0]]
+        stock._forward_core_decode_non_spec(
+            self, mixed_qkv=qkv, b=b, a=a, core_attn_out=out[:n], attn_metadata=metadata
+        )
+        normalise(self, out[:n].flatten(-2), self.qkvz[:n])
+
+
+def why_wrong(stock: Any, layer: Any) -> str | None:
+    """Why the kernel is not trusted with such layers on this GPU, or None where some steps agree with vLLM's."""
+    ours, theirs = (ScratchLayer(layer, TOKENS + 2, TOKENS) for _ in range(2))
+    indices = torch.tensor([3, TOKENS + 1, 0, 1, 4], dtype=torch.int32, device=layer.A_log.device)  # 0 is padding
+    results = ours.empty_output(), theirs.empty_output()
+    with torch.inference_mode():
+        for _ in range(STEPS):
+            ours.decode_by_kernel(indices, results[0])
+            theirs.decode_by_vllm(stock, indices, results[1])
+    compared = {
+        "output": results,
+        "conv state": (ours.kv_cache[0], theirs.kv_cache[0]),
+        "recurrent state": (ours.kv_cache[1], theirs.kv_cache[1]),
+    }
+    for name, (our, their) in compared.items():
+        error = float((our.double() - their.double()).norm() / their.double().norm())
+        allowed = 0.0 if name == "conv state" else TOLERANCE[our.dtype]
+        if not error <= allowed:  # also where it is no number
+            return f"its {name} differs from vLLM's by {error:.1e} of its norm, where {allowed:.0e} is allowed"
+    return None
