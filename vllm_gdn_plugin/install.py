@@ -19,7 +19,7 @@ from vllm_gdn_plugin.decide.decode import why_no_kernel
 from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
 from vllm_gdn_plugin.decide.plan import AUTO, FUSED, SERIAL, plan
 from vllm_gdn_plugin.host import facts, imports, layers, process
-from vllm_gdn_plugin.report import Refused, ledger, stepping_aside, summarised
+from vllm_gdn_plugin.report import Record, Refused, ledger, stepping_aside, summarised
 from vllm_gdn_plugin.settings import Settings, read_settings, variable
 from vllm_gdn_plugin.versions import judge_version
 
@@ -83,7 +83,7 @@ def adopt(settings: Settings, platform: str, no_kernel: str | None, stock: Any, 
     """
     from vllm_gdn_plugin.run.layer import Gdn, become
 
-    layer.gdn = Gdn()
+    layer.gdn, adopted = Gdn(), False
     with stepping_aside(settings, speaks=process.is_first_rank_of_stage):
         record = ledger.construct(layer)
         record.facts = facts.layer_facts(layer, platform)
@@ -96,7 +96,7 @@ def adopt(settings: Settings, platform: str, no_kernel: str | None, stock: Any, 
             raise Refused(f"no decode kernel: {record.no_kernel}")
         if chosen.strategy == SERIAL and record.no_kernel:
             raise Refused(chosen.reason)
-        hook = layers.after_loading(layer, partial(loaded, settings, stock))
+        hook = layers.after_loading(layer, partial(loaded, settings, stock, record))
         if settings.tune:
             record.sizes = facts.captured_sizes()
         if chosen.strategy == FUSED:
@@ -105,18 +105,18 @@ def adopt(settings: Settings, platform: str, no_kernel: str | None, stock: Any, 
             layer.gdn.fused = fuse(layer, record, by_time=settings.strategy == AUTO)
         layers.hold_first(layer, hook)
         layer.gdn.strategy = record.strategy = chosen.strategy
-        record.loading = True
-    if not record.loading:
+        adopted = record.loading = True
+    if not adopted:
         become(layer, stock)
 
 
-def loaded(settings: Settings, stock: Any, layer: Any) -> None:
+def loaded(settings: Settings, stock: Any, record: Record, layer: Any) -> None:
     """Finish a layer whose weights are in place, and with the last one say what was done in this engine, or stage.
 
     By now vLLM may have given a projection another linear method, and a loader may have replaced a parameter instead of
     writing into it: so the layer is planned anew. A reload comes here again.
     """
-    gdn, record = layer.gdn, ledger.records[layer.prefix]
+    gdn = layer.gdn
     planned, gdn.strategy, record.loading = record.strategy, SERIAL, False
     with stepping_aside(settings, speaks=process.is_first_rank_of_stage) as say:
         assert record.facts is not None

@@ -34,7 +34,7 @@ class ChunkRule:
 
 @PluggableLayer.register("qwen_gated_delta_net_attention")
 class QwenGatedDeltaNetAttention(PluggableLayer):
-    def __init__(self, prefix="model.layers.0.linear_attn"):
+    def __init__(self, prefix):
         self.prefix = prefix
         self.fused_decode = False
         self.in_proj_qkvz = MergedColumnParallelLinear(6)
@@ -95,7 +95,8 @@ config = Config(
     compilation_config=Config(cudagraph_mode=Config(name="FULL")),
     model_config=Config(dtype="torch.bfloat16", enforce_eager=False),
     lora_config=None,
-    num_speculative_tokens=0,
+    parallel_config=Config(use_ubatching=False),
+    speculative_config=None,
     offload_config=Config(uva=Config(cpu_offload_gb=0), prefetch=Config(offload_group_size=0)),
 )
 
@@ -136,6 +137,7 @@ def get_pp_group():
 """,
     "vllm.envs": """
 VLLM_BATCH_INVARIANT = False
+VLLM_CACHE_ROOT = "/nowhere"
 VLLM_USE_BREAKABLE_CUDAGRAPH = False
 environment_variables = {"VLLM_OWN": lambda: "own"}
 
@@ -172,7 +174,11 @@ op_registry_oot = {}
 
 class PluggableLayer:
     def __new__(cls, *args, **kwargs):
-        return super().__new__(op_registry_oot.get(cls.__name__, cls))
+        if cls.__name__ not in op_registry_oot:
+            layer_class = cls
+        else:
+            layer_class = op_registry_oot[cls.__name__]
+        return super().__new__(layer_class)
 
     @classmethod
     def register(cls, name):
@@ -195,6 +201,7 @@ class UnquantizedLinearMethod:
 
 class MergedColumnParallelLinear:
     bias, gather_output, return_bias, params_dtype = None, False, True, "torch.bfloat16"
+    input_size = 4096
 
     def __init__(self, size):
         self.output_size_per_partition = size
@@ -232,6 +239,8 @@ class Platform:
 current_platform = Platform("cuda")
 """,
     "vllm.utils.torch_utils": """
+from types import SimpleNamespace as Streams
+
 try:
     from torch import opaque
 except ImportError:
@@ -244,14 +253,14 @@ else:
     LayerNameType = opaque.Name
 
 
-_current_stream_tls = None
+_current_stream_tls = Streams()
 
 
 def aux_stream():
     return None
 
 
-def direct_register_custom_op(name, function, **options):
+def direct_register_custom_op(*arguments, **options):
     pass
 """,
     GDN: LAYER,
@@ -261,10 +270,16 @@ from types import SimpleNamespace
 from torch import cuda as cuda
 
 __version__ = "2.13.0+stub"
+Generator, Tensor, device = (type(name, (), {}) for name in ("Generator", "Tensor", "device"))
+compiler = SimpleNamespace(is_compiling=lambda: False)
+library = SimpleNamespace(Library=lambda *names: None)
 nn = SimpleNamespace(Module=type("Module", (), {}))
 """,
     "torch.cuda": """
+from contextlib import nullcontext as stream
+
 touched = []
+Event, Stream = type("Event", (), {"record": lambda self: None}), type("Stream", (), {})
 
 
 def __getattr__(name):
@@ -334,26 +349,6 @@ class Plugin:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self.layer = self._stub_layer()
-
-    @staticmethod
-    def _stub_layer() -> ModuleType:
-        """``vllm_gdn_plugin.run.layer`` without torch: a subclass that is adopted and runs the stock forward."""
-
-        def make_layer_class(stock: Any, adopt: Any) -> Any:
-            class Replacement(stock):  # type: ignore[misc]
-                is_gdn_plugin = True
-
-                def __init__(self, *args: Any, **kwargs: Any) -> None:
-                    super().__init__(*args, **kwargs)
-                    adopt(self)
-
-            return Replacement
-
-        module = ModuleType("vllm_gdn_plugin.run.layer")
-        module.make_layer_class = make_layer_class  # type: ignore[attr-defined]
-        sys.modules[module.__name__] = module
-        return module
 
     @property
     def install(self) -> ModuleType:
@@ -376,9 +371,24 @@ class Plugin:
         return lines
 
     @property
-    def replaced(self) -> dict[str, Any]:
+    def registry(self) -> dict[str, Any]:
+        """vLLM's registry of classes that replace its layers."""
         registry: dict[str, Any] = self.vllm("model_executor.custom_op").op_registry_oot
         return registry
+
+    @property
+    def replaced(self) -> list[str]:
+        """The imported GDN classes in place of which vLLM builds the plugin's."""
+        layers = importlib.import_module("vllm_gdn_plugin.host.layers")
+        classes = [getattr(sys.modules.get(module), name, None) for module, name in GDN_CLASSES.items()]
+        return [known.__name__ for known in classes if known is not None and layers.is_built_in_place_of(known)]
+
+    @staticmethod
+    def load(*layers: Any) -> None:
+        """Call what vLLM's loaders call, with the weights in place."""
+        for layer in layers:
+            module = layer.gdn_after_loading
+            module.quant_method.process_weights_after_loading(module)
 
 
 @pytest.fixture(autouse=True)

@@ -50,7 +50,8 @@ def settled(case: Case, sizes: Iterable[int], measure: Callable[[list[int]], Tim
     if missing:
         began = time.perf_counter()
         times |= measure(missing)
-        how = f"timed in {time.perf_counter() - began:.1f} s"
+        left = len(set(missing) - set(times))
+        how = f"timed in {time.perf_counter() - began:.1f} s" + (f", {left} sizes left out" if left else "")
         try:
             keep(case, times, tuning_directory())
         except OSError as error:
