@@ -1,0 +1,417 @@
+"""A decode step of a GDN layer, from the end of its projections to the start of ``out_proj``, as one Triton kernel.
+
+It computes what vLLM computes for a pure decode batch with ``causal_conv1d_update`` (width 4, SiLU, no bias),
+``fused_recurrent_gated_delta_rule_packed_decode`` (l2norm of q and k in the kernel) and the gated RMSNorm, and rounds
+where they round: the conv's products and result, and the recurrence's output, to bfloat16.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+
+HEAD_DIM = 128
+"""Keys and values of a head."""
+CONV_WIDTH = 4
+"""Taps of conv1d; its state is the last three of its inputs."""
+
+_DIM = tl.constexpr(HEAD_DIM)
+_TAPS = tl.constexpr(CONV_WIDTH)
+_SCALE = tl.constexpr(HEAD_DIM**-0.5)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the work is spread over the GPU. Results differ by rounding at most."""
+
+    key_head: bool = False
+    """A program takes a key head with all of its value heads, one after the other; else a single value head. Then
+    the last program to have read the q and k channels moves their conv state, which takes counters."""
+    warps: int = 4
+    """At most 4: with more, two threads of a program would hold the same channel."""
+    rows: int = HEAD_DIM
+    """Values of the recurrent state that a program works on at a time."""
+    lanes: int = 8
+    """Threads, with 16 bytes each, that share a row of 128 keys. The fewer they are, the more of a sum over the keys
+    they add up by themselves before they exchange it: 8 exchange 3 times a row, 32 do it 5 times for a quarter of the
+    rows each."""
+    prefetch: bool = False
+    """Load the next rows, into registers, before the work on these."""
+    stages: int = 1
+    """From 3 on, so many rows less one are on their way at a time, through shared memory."""
+    state_first: bool = True
+    """Load the state before what the projections give."""
+    count_late: bool = False
+    """Count a reader of the q and k channels at its end, not once it has read."""
+    evict_first: bool = False
+    """Tell the caches that the state is used once."""
+    pdl: bool = False
+    """Programmatic dependent launch, from sm_90 on: start, and read the slots and the states, while the kernel before
+    ends. That one must not write them; the projections' GEMM does not."""
+
+    def counts(self, key_heads: int, value_heads: int) -> bool:
+        """Whether :func:`decode` needs counters for so many heads."""
+        return not self.key_head and value_heads > key_heads
+
+
+FEW = Variant()
+"""For a few tokens: as many programs as there are."""
+MANY = Variant(key_head=True, rows=32, stages=3)
+"""For more tokens: the q and k channels once, the state through shared memory."""
+
+
+def variant_for(num_tokens: int, state_dtype: torch.dtype) -> Variant:
+    """The variant for a batch of so many tokens and a recurrent state of that dtype."""
+    return FEW if num_tokens <= 16 else MANY
+
+
+def counters_for(num_tokens: int, key_heads: int, device: torch.device | str) -> torch.Tensor:
+    """Zeros, int32, for :func:`decode` of up to ``num_tokens``. It leaves zeros. One call uses them at a time."""
+    return torch.zeros(num_tokens * key_heads, dtype=torch.int32, device=device)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows_and_taps(  # type: ignore[no-untyped-def]
+    state, weight, channel, there, ROW: tl.constexpr
+):
+    """The conv state of these channels, oldest first, and their weights."""
+    rows = (
+        tl.load(state + channel, there),
+        tl.load(state + ROW + channel, there),
+        tl.load(state + 2 * ROW + channel, there),
+    )
+    taps = (
+        tl.load(weight + channel * _TAPS, there),
+        tl.load(weight + channel * _TAPS + 1, there),
+        tl.load(weight + channel * _TAPS + 2, there),
+        tl.load(weight + channel * _TAPS + 3, there),
+    )
+    return rows, taps
+
+
+@triton.jit
+def _product(x, tap):  # type: ignore[no-untyped-def]
+    """Rounded as vLLM's conv1d does it: bfloat16 times bfloat16 is bfloat16."""
+    product = x.to(tl.float32) * tap.to(tl.float32)
+    if tap.dtype == tl.bfloat16:
+        product = product.to(tl.bfloat16).to(tl.float32)
+    return product
+
+
+@triton.jit
+def _conv(rows, x, taps):  # type: ignore[no-untyped-def]
+    """SiLU of conv1d, rounded to bfloat16 as vLLM stores it."""
+    y = _product(rows[0], taps[0]) + _product(rows[1], taps[1]) + _product(rows[2], taps[2]) + _product(x, taps[3])
+    y = y / (1 + tl.exp(-y))
+    return y.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shift(state, channel, there, rows, x, ROW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The conv state a step later."""
+    tl.store(state + channel, rows[1], there)
+    tl.store(state + ROW + channel, rows[2], there)
+    tl.store(state + 2 * ROW + channel, x, there)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _shift_qk(  # type: ignore[no-untyped-def]
+    counter, squares, state, q_channel, q_rows, q, k_channel, k_rows, k, ROW: tl.constexpr, READERS: tl.constexpr
+):
+    """The conv state of q and k a step later; of several programs that read it, the last one does it.
+
+    What is counted is a read, and no program has to see what another wrote: so the count can be relaxed. But nothing
+    may be counted before all threads have read: so the number added comes from a sum over what they read.
+    """
+    last = True
+    if READERS > 1:
+        last = tl.atomic_add(counter, tl.where(squares < 0, 0, 1), sem="relaxed") == READERS - 1
+        tl.store(counter, 0, last)
+    _shift(state, q_channel, last, q_rows, q, ROW)
+    _shift(state, k_channel, last, k_rows, k, ROW)
+
+
+@triton.jit
+def _add(a0, b0, a1, b1):  # type: ignore[no-untyped-def]
+    return a0 + a1, b0 + b1
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode(  # type: ignore[no-untyped-def]
+    mixed_qkvz,
+    b,
+    a,
+    conv_state,
+    conv_weight,
+    A_log,
+    dt_bias,
+    ssm_state,
+    state_indices,
+    norm_weight,
+    out,
+    counters,
+    eps,
+    qkvz_stride,
+    b_stride,
+    a_stride,
+    index_stride,
+    out_stride,
+    CONV_SLOT: tl.constexpr,
+    CONV_ROW: tl.constexpr,
+    SSM_SLOT: tl.constexpr,
+    H: tl.constexpr,
+    HV: tl.constexpr,
+    HEADS: tl.constexpr,  # value heads of a program
+    PADDED_HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr,
+    STATE_FIRST: tl.constexpr,
+    COUNT_LATE: tl.constexpr,
+    EVICTION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    GROUP: tl.constexpr = HV // H  # value heads of a key head
+    READERS: tl.constexpr = GROUP // HEADS  # programs that share q and k channels
+    PROGRAMS: tl.constexpr = HV // HEADS
+    PARTS: tl.constexpr = _DIM // ROWS
+    TILES: tl.constexpr = HEADS * PARTS
+    PADDED_TILES: tl.constexpr = PADDED_HEADS * PARTS
+    CHUNKS: tl.constexpr = _DIM // KEYS  # the state's tile is (chunk, row, key): a thread gets all chunks of a key
+    EARLY: tl.constexpr = PREFETCH or TILES == 1  # the first rows of the state are loaded before the loop
+
+    token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
+    first_head = tl.program_id(0) % PROGRAMS * HEADS
+    key_head = first_head // GROUP
+    slot = tl.load(state_indices + token * index_stride).to(tl.int64)
+
+    # (head, value) of what goes in and out, (tile, row) of the same numbers in the loop.
+    head = tl.arange(0, PADDED_HEADS)[:, None]
+    wide = first_head * _DIM + head * _DIM + tl.arange(0, _DIM)[None, :]
+    wide_there = (head < HEADS) & (wide >= 0)
+    out += token * out_stride
+    if slot <= 0:  # padding
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+        tl.store(out + wide, tl.zeros([PADDED_HEADS, _DIM], out.dtype.element_ty), wide_there)
+        return
+
+    row = tl.arange(0, ROWS)
+    tile = tl.arange(0, PADDED_TILES)
+    chunk = tl.arange(0, CHUNKS)
+    key = tl.arange(0, KEYS)
+    tile_there = tile < TILES
+    tile_head = first_head + tile // PARTS
+    value = first_head * _DIM + tile[:, None] * ROWS + row[None, :]
+    value_there = tile_there[:, None] & (row >= 0)[None, :]
+
+    q_channel = key_head * _DIM + chunk[:, None] * KEYS + key[None, :]
+    k_channel = H * _DIM + q_channel
+    v_channel = 2 * H * _DIM + value
+    ssm_state += slot * SSM_SLOT + first_head * _DIM * _DIM
+    ssm_state += row[None, :, None] * _DIM + chunk[:, None, None] * KEYS + key[None, None, :]
+    if EARLY and STATE_FIRST:
+        state = tl.load(ssm_state, eviction_policy=EVICTION)
+    conv_state += slot * CONV_SLOT
+    q_rows, q_taps = _rows_and_taps(conv_state, conv_weight, q_channel, None, CONV_ROW)
+    k_rows, k_taps = _rows_and_taps(conv_state, conv_weight, k_channel, None, CONV_ROW)
+    v_rows, v_taps = _rows_and_taps(conv_state, conv_weight, v_channel, value_there, CONV_ROW)
+    rate = -tl.exp(tl.load(A_log + tile_head, tile_there).to(tl.float32))
+    bias = tl.load(dt_bias + tile_head, tile_there).to(tl.float32)
+    scale = tl.load(norm_weight + tl.arange(0, _DIM)).to(tl.float32)
+
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    mixed_qkvz += token * qkvz_stride
+    q_in = tl.load(mixed_qkvz + q_channel)
+    k_in = tl.load(mixed_qkvz + k_channel)
+    v_in = tl.load(mixed_qkvz + v_channel, value_there)
+    a_in = tl.load(a + token * a_stride + tile_head, tile_there).to(tl.float32)
+    b_in = tl.load(b + token * b_stride + tile_head, tile_there).to(tl.float32)
+    z = tl.load(mixed_qkvz + (2 * H + HV) * _DIM + wide, wide_there).to(tl.float32)
+    if EARLY and not STATE_FIRST:
+        state = tl.load(ssm_state, eviction_policy=EVICTION)
+
+    q = _conv(q_rows, q_in, q_taps)
+    k = _conv(k_rows, k_in, k_taps)
+    v = _conv(v_rows, v_in, v_taps)
+    # Both at a time: every exchange between warps makes all of them wait.
+    q_squares, k_squares = tl.reduce(tl.reduce((q * q, k * k), 1, _add), 0, _add)
+    q = (q / tl.sqrt(q_squares + 1e-6) * _SCALE)[:, None, :]
+    k = (k / tl.sqrt(k_squares + 1e-6))[:, None, :]
+    gate = a_in + bias
+    decay = tl.exp(rate * tl.where(gate <= 20.0, tl.log(1.0 + tl.exp(gate)), gate))
+    beta = tl.sigmoid(b_in)
+
+    tl.debug_barrier()  # several threads may have to read a channel
+    _shift(conv_state, v_channel, value_there, v_rows, v_in, CONV_ROW)
+    counter = counters + token * H + key_head if READERS > 1 else counters
+    squares = q_squares + k_squares
+    if not COUNT_LATE:
+        _shift_qk(counter, squares, conv_state, q_channel, q_rows, q_in, k_channel, k_rows, k_in, CONV_ROW, READERS)
+    o = tl.zeros([PADDED_TILES, ROWS], tl.float32)
+    for t in tl.range(TILES, num_stages=STAGES):
+        here = tile == t
+        if not EARLY:
+            state = tl.load(ssm_state + t * ROWS * _DIM, eviction_policy=EVICTION)
+        h = state.to(tl.float32) * tl.sum(tl.where(here, decay, 0.0))
+        if PREFETCH:
+            state = tl.load(ssm_state + (t + 1) * ROWS * _DIM, t + 1 < TILES, eviction_policy=EVICTION)
+        new = tl.sum(tl.where(here[:, None], v, 0.0), 0) - tl.sum(tl.sum(h * k, 0), 1)
+        new *= tl.sum(tl.where(here, beta, 0.0))
+        h += new[None, :, None] * k
+        o = tl.where(here[:, None], tl.sum(tl.sum(h * q, 0), 1)[None, :], o)
+        tl.store(ssm_state + t * ROWS * _DIM, h.to(ssm_state.dtype.element_ty), eviction_policy=EVICTION)
+
+    o = tl.reshape(o, [PADDED_HEADS, _DIM]).to(tl.bfloat16).to(tl.float32)
+    o *= tl.rsqrt(tl.sum(o * o, 1) / _DIM + eps)[:, None] * scale[None, :]
+    if SIGMOID:
+        o *= tl.sigmoid(z)
+    else:
+        o *= z * tl.sigmoid(z)
+    tl.store(out + wide, o.to(out.dtype.element_ty), wide_there)
+    if COUNT_LATE:
+        _shift_qk(counter, squares, conv_state, q_channel, q_rows, q_in, k_channel, k_rows, k_in, CONV_ROW, READERS)
+
+
+def decode(
+    mixed_qkvz: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    conv_state: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    ssm_state: torch.Tensor,
+    state_indices: torch.Tensor,
+    norm_weight: torch.Tensor,
+    out: torch.Tensor,
+    counters: torch.Tensor | None,
+    *,
+    eps: float,
+    gate: Literal["silu", "sigmoid"],
+    variant: Variant,
+) -> None:
+    """One step of each token: changes ``out`` and, at its slot, ``conv_state`` and ``ssm_state``. No copies, no sync.
+
+    H key heads, HV value heads (a multiple of H), qkv = (2 * H + HV) * 128. A token whose index is 0 or less is
+    padding: its row of ``out`` is zeros, no state is touched. Two tokens of one call never share a slot.
+
+    Args:
+        mixed_qkvz: (num_tokens, qkv + HV * 128) bfloat16, [q | k | v | z] as ``in_proj_qkvz`` gives it; any row stride.
+        b, a: (num_tokens, HV) bfloat16, as ``split_ba`` gives them; any row stride.
+        conv_state: (slots, 3 or more, qkv) bfloat16, the oldest input first, any strides but the last. Only the first
+            three rows are used.
+        conv_weight: (qkv, 4) bfloat16 or float32, contiguous.
+        A_log: (HV,) float32.
+        dt_bias: (HV,) float32 or bfloat16.
+        ssm_state: (slots, HV, 128 values, 128 keys) float32 or bfloat16; a slot is contiguous, its stride is any.
+        state_indices: (num_tokens,) int32, the slot of each token.
+        norm_weight: (128,) bfloat16 or float32.
+        out: (num_tokens, HV, 128) bfloat16, normalised and gated; any stride between tokens.
+        counters: from :func:`counters_for`, where ``variant.counts(H, HV)``; not shared by calls that may overlap.
+        eps: of the norm.
+        gate: its activation, applied to z.
+
+    Raises ValueError for anything else, or what Triton raises. Source of the arithmetic: the three functions of vLLM
+    that the module names.
+    """
+    num_tokens, value_heads = b.shape[0], b.shape[-1]
+    key_heads = (mixed_qkvz.shape[-1] // HEAD_DIM - 2 * value_heads) // 2
+    qkv = (2 * key_heads + value_heads) * HEAD_DIM
+    if key_heads < 1 or value_heads % key_heads:
+        raise ValueError(
+            f"decode takes mixed_qkvz of (2 * H + 2 * HV) * {HEAD_DIM} columns, where HV, the columns of b, is a "
+            f"multiple of H: not {tuple(mixed_qkvz.shape)} with b {tuple(b.shape)}"
+        )
+    square = HEAD_DIM * HEAD_DIM
+    bf16, f32, i32 = torch.bfloat16, torch.float32, torch.int32
+    for name, tensor, shape, dtypes, strides in (
+        ("mixed_qkvz", mixed_qkvz, (num_tokens, qkv + value_heads * HEAD_DIM), (bf16,), (1,)),
+        ("b", b, (num_tokens, value_heads), (bf16,), (1,)),
+        ("a", a, (num_tokens, value_heads), (bf16,), (1,)),
+        ("conv_state", conv_state, (conv_state.shape[0], max(CONV_WIDTH - 1, conv_state.shape[1]), qkv), (bf16,), (1,)),
+        ("conv_weight", conv_weight, (qkv, CONV_WIDTH), (bf16, f32), (CONV_WIDTH, 1)),
+        ("A_log", A_log, (value_heads,), (f32,), (1,)),
+        ("dt_bias", dt_bias, (value_heads,), (bf16, f32), (1,)),
+        (
+            "ssm_state",
+            ssm_state,
+            (ssm_state.shape[0], value_heads, HEAD_DIM, HEAD_DIM),
+            (bf16, f32),
+            (square, HEAD_DIM, 1),
+        ),
+        ("state_indices", state_indices, (num_tokens,), (i32,), ()),
+        ("norm_weight", norm_weight, (HEAD_DIM,), (bf16, f32), (1,)),
+        ("out", out, (num_tokens, value_heads, HEAD_DIM), (bf16,), (HEAD_DIM, 1)),
+    ):
+        if (
+            tensor.shape != shape
+            or tensor.dtype not in dtypes
+            or tensor.device != mixed_qkvz.device
+            or tensor.stride()[len(shape) - len(strides) :] != strides
+        ):
+            raise ValueError(
+                f"decode takes {name} of {' or '.join(map(str, dtypes))} {shape} on {mixed_qkvz.device}, its last "
+                f"strides {strides}: not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides "
+                f"{tensor.stride()}"
+            )
+    if variant.counts(key_heads, value_heads) and (
+        counters is None
+        or counters.numel() < num_tokens * key_heads
+        or counters.dtype != i32
+        or counters.device != mixed_qkvz.device
+        or not counters.is_contiguous()
+    ):
+        raise ValueError(f"decode takes counters_for({num_tokens} or more, {key_heads}, {mixed_qkvz.device!r})")
+    if gate not in ("silu", "sigmoid"):
+        raise ValueError(f"decode takes gate 'silu' or 'sigmoid': not {gate!r}")
+    if not num_tokens:
+        return
+
+    heads = value_heads // key_heads if variant.key_head else 1
+    # Where it is not asked for, nothing is said of it: an older Triton or another platform may not know it.
+    launch: dict[str, Any] = {"launch_pdl": True} if variant.pdl else {}
+    _decode[(num_tokens * (value_heads // heads),)](
+        mixed_qkvz,
+        b,
+        a,
+        conv_state,
+        conv_weight,
+        A_log,
+        dt_bias,
+        ssm_state,
+        state_indices,
+        norm_weight,
+        out,
+        counters,
+        eps,
+        mixed_qkvz.stride(0),
+        b.stride(0),
+        a.stride(0),
+        state_indices.stride(0),
+        out.stride(0),
+        CONV_SLOT=conv_state.stride(0),
+        CONV_ROW=conv_state.stride(1),
+        SSM_SLOT=ssm_state.stride(0),
+        H=key_heads,
+        HV=value_heads,
+        HEADS=heads,
+        PADDED_HEADS=triton.next_power_of_2(heads),
+        ROWS=variant.rows,
+        KEYS=min(HEAD_DIM, variant.lanes * 16 // ssm_state.element_size()),
+        SIGMOID=gate == "sigmoid",
+        PREFETCH=variant.prefetch,
+        STAGES=variant.stages,
+        STATE_FIRST=variant.state_first,
+        COUNT_LATE=variant.count_late,
+        EVICTION="evict_first" if variant.evict_first else "",
+        PDL=variant.pdl,
+        num_warps=variant.warps,
+        **launch,
+    )
