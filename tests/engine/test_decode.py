@@ -1,0 +1,127 @@
+"""What a step of a layer with the decode kernel runs, on stand-ins that count; the kernel itself: tests/kernel."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm", reason="vllm isn't installed: run `python3.11 dev.py test`")
+
+HEADS, DIM, QKV = 2, 128, 6 * 128
+DECODE = {"spec_sequence_masks": None, "num_prefills": 0, "num_decodes": 3, "num_actual_tokens": 3}
+ROWS = 4  # one more than the step has tokens
+
+
+class Stock:
+    """vLLM's class: its dry run is all that is called of it by name."""
+
+    @staticmethod
+    def _forward_core_fused_norm_packed(layer: Any, mixed_qkvz: Any, ba: Any, core_attn_out: Any) -> None:
+        layer.calls.append("dry run")
+
+
+@pytest.fixture
+def step(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`step(**metadata)` runs core and norm of a layer as the packed branch does, and gives what was called."""
+    from vllm_gdn_plugin.run import decode
+
+    calls: list[str] = []
+    layer = SimpleNamespace(
+        prefix="layer",
+        calls=calls,
+        conv1d=SimpleNamespace(weight=torch.empty(QKV, 1, 4)),
+        kv_cache=(torch.empty(0), torch.empty(0)),
+        split_ba=lambda ba: ba.chunk(2, dim=-1),
+        gdn=SimpleNamespace(decode=decode.Decode(torch.zeros(8, dtype=torch.int32))),
+    )
+
+    def forward_core(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any) -> None:
+        assert mixed_qkv.shape == (ROWS, QKV)
+        assert b.is_contiguous()
+        assert a.is_contiguous()
+        assert torch.equal(torch.cat([b, a], dim=-1), ba)
+        calls.append("vLLM's core")
+
+    def run_kernel(_: Any, qkvz: Any, b: Any, a: Any, conv: Any, ssm: Any, indices: Any, out: Any) -> None:
+        if layer.fails:
+            raise RuntimeError("planted by the test")
+        assert {len(t) for t in (qkvz, b, a, indices, out)} == {DECODE["num_actual_tokens"]}
+        calls.append("kernel")
+
+    layer._forward_core, layer.fails = forward_core, False
+    ba = torch.randn(ROWS, 2 * HEADS)
+    monkeypatch.setattr(decode, "run_kernel", run_kernel)
+    monkeypatch.setattr(decode, "normalise", lambda *_: calls.append("norm"))
+    monkeypatch.setattr(decode, "layer_by_name", lambda name: layer)
+
+    def run(piecewise: bool = False, **metadata: Any) -> list[str]:
+        calls.clear()
+        found = SimpleNamespace(non_spec_state_indices_tensor=torch.arange(ROWS), **metadata) if metadata else None
+        monkeypatch.setattr(decode, "attention_metadata", lambda _: found)
+        monkeypatch.setattr(decode, "in_piecewise_graph", lambda: piecewise)
+        qkvz, out = torch.randn(ROWS, QKV + HEADS * DIM), torch.zeros(ROWS, HEADS, DIM)
+        decode.run_core(Stock, layer, qkvz, ba, out)
+        decode.gdn_gated_norm(out.flatten(-2), qkvz, "layer")
+        return list(calls)
+
+    run.layer = layer  # type: ignore[attr-defined]
+    return run
+
+
+def test_a_pure_decode_takes_the_kernel_which_normalises(step: Any) -> None:
+    assert step(**DECODE) == ["kernel"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"num_prefills": 1}, {"num_decodes": 0, "num_prefills": 2}, {"spec_sequence_masks": torch.ones(3)}],
+    ids=["mixed", "prefill", "speculation"],
+)
+def test_all_else_takes_vllms_core_and_the_norm(step: Any, change: dict[str, Any]) -> None:
+    assert step(**DECODE | change) == ["vLLM's core", "norm"]
+    assert step(**DECODE) == ["kernel"]
+    assert step(**DECODE | change) == ["vLLM's core", "norm"], "a step that was normalised says nothing of the next"
+
+
+def test_in_piecewise_graphs_the_norm_is_captured_so_the_core_never_normalises(step: Any) -> None:
+    assert step(piecewise=True, **DECODE) == ["vLLM's core", "norm"]
+
+
+def test_a_dry_run_warms_vllms_kernels_up_and_captures_the_norm(step: Any) -> None:
+    step(**DECODE)
+    assert step() == ["dry run", "norm"]
+
+
+def test_a_dry_run_after_a_core_whose_norm_never_came(step: Any) -> None:
+    step.layer.gdn.decode.normalised = True
+    assert step() == ["dry run", "norm"]
+
+
+def test_sizes_that_were_timed_as_slower_take_vllms_own(step: Any) -> None:
+    step.layer.gdn.decode.ways = {2: "kernel", 3: "stock", 8: "kernel"}
+    assert step(**DECODE) == ["vLLM's core", "norm"]
+    step.layer.gdn.decode.ways = {2: "stock", 8: "kernel"}
+    assert step(**DECODE) == ["kernel"], "the next larger size that was timed"
+
+
+def test_where_nothing_was_timed_few_tokens_take_it(step: Any) -> None:
+    decode = step.layer.gdn.decode
+    assert [n for n in (1, 16, 17, 512) if decode.takes(n)] == [1, 16]
+
+
+def test_a_kernel_that_fails_is_left_out_for_good_and_said_once(step: Any, warnings: list[str]) -> None:
+    step.layer.fails = True
+    assert step(**DECODE) == ["vLLM's core", "norm"]
+    step.layer.fails = False
+    assert step(**DECODE) == ["vLLM's core", "norm"]
+    (line,) = warnings
+    assert "the decode kernel failed and is left out: unexpected RuntimeError: planted by the test" in line
+
+
+def test_the_norm_op_says_what_it_changes() -> None:
+    import vllm_gdn_plugin.run.decode  # noqa: F401
+
+    schema = torch.ops.vllm_gdn_plugin.gdn_gated_norm.default._schema
+    assert [argument.alias_info is not None for argument in schema.arguments] == [True, False, False]
+    assert not schema.returns
