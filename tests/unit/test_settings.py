@@ -12,14 +12,14 @@ NAMES = [f.name for f in fields(Settings)]
 
 GOOD: dict[str, list[tuple[str, Any]]] = {
     "strategy": [(text, text.strip().lower()) for r in REQUESTS for text in (r, r.upper(), f" {r}\n")],
-    "max_tokens": [("0", 0), ("1", 1), (" 64 ", 64), ("007", 7), ("999999999", 999_999_999)],
+    "decode_kernel": [("auto", "auto"), (" AUTO ", "auto"), ("1", "1"), ("on", "1"), ("0", "0"), ("No", "0")],
     "tune": [("1", True), ("on", True), ("0", False), ("NO", False)],
     "allow_untested": [("1", True), ("true", True), (" 1 ", True), ("0", False), ("False", False), ("no", False)],
     "strict": [("1", True), ("YES", True), ("On", True), ("0", False), ("OFF", False), ("off ", False)],
 }
 BAD = {
     "strategy": ["fast", "dual-stream", "auto,serial", "1", "\0", "\N{SNOWMAN}"],
-    "max_tokens": ["-1", "+1", "1.5", "1e3", "1_000", "0x10", "\N{ARABIC-INDIC DIGIT THREE}", "1000000000", "many"],
+    "decode_kernel": ["2", "-1", "automatic", "\N{ARABIC-INDIC DIGIT ONE}"],
     "tune": ["auto", "5"],
     "allow_untested": ["2", "yess", "None", "1 0"],
     "strict": ["-1", "y", "TRUE!"],
@@ -51,8 +51,8 @@ def test_an_empty_value_counts_as_not_set(name: str, text: str) -> None:
 
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_GDN_PLUGIN_STRICT", "1")
-    monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "12")
-    assert read_settings() == (Settings(strict=True, max_tokens=12), [])
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "fused")
+    assert read_settings() == (Settings(strict=True, strategy="fused"), [])
 
 
 def test_describe_covers_every_setting_and_its_defaults_can_be_typed() -> None:
