@@ -236,6 +236,7 @@ def picture_of(about: dict[str, Any], variants: dict[str, list[Kernel]]) -> Any:
 
 def record(options: argparse.Namespace) -> None:
     """Trace an engine of each variant, in a process of its own, and note what they ran on. Raises BenchError."""
+    chosen = variants(options.strategy.split(","))
     from vllm_gdn_plugin.bench.machine import describe_machine, require_device
 
     require_device(options.device)
@@ -248,7 +249,7 @@ def record(options: argparse.Namespace) -> None:
         "machine": asdict(describe_machine(options.device)),
     }
     (options.directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
-    for name, settings in variants(options.strategy.split(",")).items():
+    for name, settings in chosen.items():
         trace = trace_path(options.directory, name)
         line = [sys.executable, __file__, "trace", options.model, str(trace), "--batch", str(options.batch)]
         line += ["--device", options.device, "--engine", json.dumps(options.engine)]

@@ -76,6 +76,7 @@ def test_what_it_runs_may_stop_first(
     assert (venv / "stopped").exists()
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="dev.py needs Python 3.11")
 def test_a_directory_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     env = os.environ | {"DEV_VENV": str(tmp_path)}
