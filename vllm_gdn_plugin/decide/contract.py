@@ -324,11 +324,14 @@ def _uses(code: ast.AST, attribute: str) -> bool:
 
 
 def _overlaps_by_itself(layer: ast.ClassDef) -> bool:
-    """Whether ``forward_cuda``, on its main path, hands the input to something that overlaps or fuses the projections,
-    or calls one of them on a stream of its own. What it overlaps after them is not the plugin's business."""
-    forward = [n for n in layer.body if isinstance(n, ast.FunctionDef) and n.name == "forward_cuda"]
-    for node in (node for f in forward for top in _main_path(f.body) for node in ast.walk(top)):
-        if isinstance(node, ast.Call) and _last_name(node.func) in UPSTREAM_OVERLAP:
+    """Whether ``forward_cuda``, on its main path, hands the input to something that overlaps or fuses the projections
+    in place of calling them, or calls one of them on a stream of its own. What else it overlaps is not the plugin's
+    business."""
+    forward = next((n for n in layer.body if isinstance(n, ast.FunctionDef) and n.name == "forward_cuda"), None)
+    body = _main_path(forward.body) if forward else []
+    calls_both = all({count for count, _ in _calls_by_path(body, name)} == {1} for name in PROJECTIONS)
+    for node in (node for top in body for node in ast.walk(top)):
+        if not calls_both and isinstance(node, ast.Call) and _last_name(node.func) in UPSTREAM_OVERLAP:
             given = [*node.args, *(keyword.value for keyword in node.keywords)]
             if any("hidden_states" in _names(argument) for argument in given):
                 return True
