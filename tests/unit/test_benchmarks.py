@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -176,41 +177,17 @@ def test_a_model_has_its_layers_and_words_for_ids(tmp_path: Path) -> None:
     assert tokenizer.encode(tokenizer.decode(ids), add_special_tokens=False) == ids
 
 
-@needs("tokenizers", "transformers")
-def test_an_fp8_model_is_mixed_as_the_official_ones(tmp_path: Path) -> None:
-    """Read as `check` reads it, and skipped as vLLM does, which wants each part of a merged projection by name."""
-    from gpu_models import make_model
+def test_quantised_models_are_as_in_the_field() -> None:
+    """vLLM wants each part of a merged projection by name, a part of a name, or a pattern."""
+    from gpu_models import QUANTIZATIONS
 
-    from vllm_gdn_plugin.decide.checkpoint import read_groups
-    from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM
-
-    make_model("tiny", tmp_path, layers=8, quantization="fp8")
-    (group,) = read_groups(str(tmp_path), 1, "cuda", AUTO)
-    methods = (group.facts.qkvz.linear_method, group.facts.ba.linear_method)
-    assert methods == ("Fp8LinearMethod", "UnquantizedLinearMethod")
-    assert (group.layers, group.plan.strategy) == ((0, 1, 2, 4, 5, 6), DUAL_STREAM)
-    skipped = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
-    parts = [f"model.language_model.layers.{n}.linear_attn.in_proj_{p}" for n in group.layers for p in "ba"]
-    assert skipped == ["lm_head", *parts]
-
-
-@needs("tokenizers", "transformers")
-@pytest.mark.parametrize(
-    ("quantization", "method", "strategy"),
-    [("fp8-per-token", "CompressedTensorsLinearMethod", "dual_stream"), ("awq", "UnquantizedLinearMethod", "fused")],
-)
-def test_other_quantised_models_are_as_in_the_field(
-    tmp_path: Path, quantization: str, method: str, strategy: str
-) -> None:
-    from gpu_models import make_model
-
-    from vllm_gdn_plugin.decide.checkpoint import read_groups
-    from vllm_gdn_plugin.decide.plan import AUTO
-
-    make_model("tiny", tmp_path, layers=8, quantization=quantization)
-    (group,) = read_groups(str(tmp_path), 1, "cuda", AUTO)
-    methods = (group.facts.qkvz.linear_method, group.facts.ba.linear_method)
-    assert (methods, group.plan.strategy) == ((method, "UnquantizedLinearMethod"), strategy)
+    found = {name: make(["linear_attention", "full_attention"]) for name, make in QUANTIZATIONS.items()}
+    layer = "model.language_model.layers.0.linear_attn.in_proj_"
+    assert found["fp8"]["modules_to_not_convert"] == ["lm_head", f"{layer}b", f"{layer}a"]
+    assert found["awq"]["modules_to_not_convert"] == ["lm_head", "linear_attn"]
+    head, pattern = found["fp8-per-token"]["ignore"]
+    ignored = [part for part in ("a", "b", "qkv", "z") if re.match(pattern.removeprefix("re:"), layer + part)]
+    assert (head, ignored) == ("lm_head", ["a", "b"])
 
 
 def test_the_models_have_the_projections_of_the_presets() -> None:
