@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from contextlib import nullcontext
+from dataclasses import fields
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 
 import vllm_gdn_plugin
-from vllm_gdn_plugin.cli.check import GROUP, NAME
+from vllm_gdn_plugin.cli import check
+from vllm_gdn_plugin.cli.check import GROUP, NAME, Report
 from vllm_gdn_plugin.cli.main import main
+from vllm_gdn_plugin.decide.checkpoint import NOT_LOOKED_AT, EngineFlags
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES, Contract
 from vllm_gdn_plugin.decide.decision import refusal
 from vllm_gdn_plugin.settings import describe
@@ -102,7 +105,9 @@ CASES = {
     "an out-of-tree platform": (lambda tree: tree.platform("npu"), 1, "serial"),
     "another layer": (lambda tree: tree.edit(GDN, ("in_proj_ba", "in_proj_gates")), 1, "refused"),
     "overlap of its own": (
-        lambda tree: tree.edit(GDN, ("self.prefix = prefix", "self.aux_stream = self.prefix = prefix")),
+        lambda tree: tree.edit(
+            GDN, ("ba, _ = self.in_proj_ba(", "with aux_stream():\n            ba, _ = self.in_proj_ba(")
+        ),
         1,
         "refused",
     ),
@@ -119,7 +124,7 @@ def test_check_foretells_what_register_does(
     assert (found_code, found["status"]) == (code, status)
     plugin.register()
     stock = plugin.import_gdn(OLD_GDN if installed.path(OLD_GDN).exists() else GDN)
-    assert bool(plugin.replaced) == (code == 0) == (type(stock()) is not stock)
+    assert bool(plugin.replaced) == (code == 0) == (type(stock("layers.0")) is not stock)
     assert all(found["reason"] in message for _, message in plugin.said), "the log and the report say the same"
     assert bool(plugin.said) == bool(code)
 
@@ -315,10 +320,10 @@ def test_where_strict_will_stop_the_engine_the_advice_says_so(
 def test_a_setting_that_cannot_be_read_is_a_warning(
     installed: Any, report: Any, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "many")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_TUNE", "many")
     code, found = report()
     assert code == 0
-    assert [w.partition("=")[0] for w in found["warnings"]] == ["VLLM_GDN_PLUGIN_MAX_TOKENS"]
+    assert [w.partition("=")[0] for w in found["warnings"]] == ["VLLM_GDN_PLUGIN_TUNE"]
     code, text, _ = run("check")
     assert [line for line in text.splitlines() if line.startswith("warning")] == [
         f"{'warning':<15}  {found['warnings'][0]}"
@@ -456,8 +461,12 @@ def test_help_and_version(run: Any) -> None:
     assert code == 0
     for name, default, _help in describe():
         assert f"{name} (default {default})" in text
-    for part in ("VLLM_PLUGINS", "\n  0  ", "\n  1  ", "\n  2  ", "--json", "--require", "--vllm-source"):
+    for part in ("VLLM_PLUGINS", "\n  0  ", "\n  1  ", "\n  2  ", "--json", "--require", "--vllm-source", "--revision"):
         assert part in text
+    for flag in fields(EngineFlags):
+        assert f"--{flag.name.replace('_', '-')}" in text
+    for flag in NOT_LOOKED_AT:
+        assert flag in text
     assert run("--version") == (0, f"vllm-gdn-plugin {vllm_gdn_plugin.__version__}\n", "")
 
 
@@ -492,12 +501,51 @@ def test_a_size_that_is_none_is_refused_also_without_a_model(run: Any, text: str
     ("arguments", "says"),
     [
         (("--vllm-source", ""), "--vllm-source is empty"),
-        (("--model", "one\ntwo"), "there is no one two: --model takes"),
+        (("--model", "one\ntwo"), "--model one two: there is no such path: it takes"),
     ],
 )
 def test_odd_arguments_get_one_line(installed: Any, run: Any, arguments: tuple[str, ...], says: str) -> None:
     code, out, err = run("check", *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+@pytest.fixture
+def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """(model, revision, flags) of each `--model`."""
+    seen: list[Any] = []
+
+    def with_model(report: Report, *what: Any) -> Report:
+        seen.append(what)
+        return report
+
+    monkeypatch.setattr(check, "with_model", with_model)
+    return seen
+
+
+def test_the_engines_flags_have_its_names_and_defaults(installed: Any, run: Any, looked_up: list[Any]) -> None:
+    assert run("check", "--model", "Qwen/X")[0] == 0
+    flags = "-tp 4 -q fp8 --dtype half --enforce-eager --enable-lora --enable-dbo --cpu-offload-gb 1.5"
+    assert run("check", "--model", "Qwen/X", "--revision", "v2", *flags.split(), "--offload-group-size", "8")[0] == 0
+    assert looked_up == [
+        ("Qwen/X", None, EngineFlags()),
+        ("Qwen/X", "v2", EngineFlags(4, "fp8", "half", True, True, True, 1.5, 8)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--cpu-offload-gb=-1", "'-1' is not a number from 0 on"),
+        ("--cpu-offload-gb=nan", "'nan' is not a number from 0 on"),
+        ("--cpu-offload-gb=inf", "'inf' is not a number from 0 on"),
+        ("--offload-group-size=x", "'x' is not a whole number"),
+        ("--dtype=int8", "invalid choice: 'int8'"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_refused(run: Any, arguments: str, says: str) -> None:
+    code, out, err = run("check", arguments)
+    assert (code, out) == (2, "")
     assert says in err
 
 

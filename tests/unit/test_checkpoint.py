@@ -1,16 +1,33 @@
-"""What a checkpoint's config.json tells of its GDN layers, in the forms found in the wild."""
+"""What is told of a model before its engine is started, without vLLM. With it: tests/engine/test_check_formats.py."""
+
+from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_gdn_plugin import host
-from vllm_gdn_plugin.cli.check import Report, check_elsewhere, with_model
-from vllm_gdn_plugin.decide.checkpoint import Unreadable, digest, read_groups
-from vllm_gdn_plugin.decide.plan import PADDED_TO
-from vllm_gdn_plugin.tune.times import case_of, keep, without_narrow_kernel
+from vllm_gdn_plugin.cli.check import CannotTell, Report, check_elsewhere, with_model
+from vllm_gdn_plugin.decide import checkpoint
+from vllm_gdn_plugin.decide.checkpoint import (
+    EngineFlags,
+    Undecidable,
+    Unreadable,
+    digest,
+    find_directory,
+    group,
+    unquantised_facts,
+)
+from vllm_gdn_plugin.decide.plan import LayerFacts, ProjectionFacts
+from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
+from vllm_gdn_plugin.host import model as host_model
 
 TEXT = {
     "model_type": "qwen3_5_text",
@@ -24,99 +41,194 @@ TEXT = {
     "dtype": "bfloat16",
 }
 GDN_LAYERS = (0, 1, 2, 4, 5, 6)
+FP8 = {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.0.linear_attn.in_proj_b"]}
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Any:
-    def write(quantization: dict[str, Any] | None = None) -> str:
-        config = {"model_type": "qwen3_5", "text_config": TEXT, "quantization_config": quantization or {}}
-        (tmp_path / "config.json").write_text(json.dumps(config))
+def model(tmp_path: Path) -> Callable[..., str]:
+    def write(text: dict[str, Any] = TEXT, **whole: Any) -> str:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_5", "text_config": text, **whole}))
         return str(tmp_path)
 
     return write
 
 
-def left_out(prefix: str) -> list[str]:
-    return [f"{prefix}.layers.{i}.linear_attn.{name}" for i in GDN_LAYERS for name in ("in_proj_b", "in_proj_a")]
+def facts_of(directory: str, **flags: Any) -> tuple[int, dict[int, LayerFacts]]:
+    return unquantised_facts(Path(directory), EngineFlags(**flags), "cuda", False)
+
+
+def elsewhere(model: str, **flags: Any) -> Report:
+    """The report where vLLM isn't installed."""
+    return with_model(check_elsewhere("0.32.0", None), model, None, EngineFlags(**flags))
+
+
+def test_a_model_without_quantisation_is_told_without_vllm(model: Any) -> None:
+    hidden_size, facts = facts_of(model())
+    (alike,) = group(hidden_size, facts, "auto")
+    assert (alike.layers, alike.plan.strategy, alike.facts.quantization) == (GDN_LAYERS, "fused", "")
+    assert str(alike) == (
+        "6 GDN layers (0-2, 4-6): fused; in_proj_qkvz 4096 x 12288 UnquantizedLinearMethod, in_proj_ba 4096 x 64"
+        " UnquantizedLinearMethod; every condition of fused holds"
+    )
+    report = elsewhere(model())
+    assert (report.status, report.strategy, report.model) == ("active", "fused", [str(alike)])
+    assert report.warnings == ["the platform is not known here: the plan for the model is the one for CUDA"]
 
 
 @pytest.mark.parametrize(
-    ("quantization", "strategy", "reason"),
+    ("flags", "strategy", "reason"),
     [
-        (None, "fused", "every condition"),
-        ({"quant_method": "fp8", "modules_to_not_convert": left_out("model.language_model")}, "dual_stream", "Fp8"),
-        ({"quant_method": "fp8", "ignored_layers": left_out("model")}, "dual_stream", "Fp8LinearMethod"),
-        ({"quant_method": "compressed-tensors", "ignore": ["re:.*in_proj_[ab]$"]}, "dual_stream", "CompressedTensors"),
-        ({"quant_method": "compressed-tensors", "ignore": ["re:.*linear_attn.*"]}, "fused", "every condition"),
-        ({"quant_method": "awq", "modules_to_not_convert": ["linear_attn"]}, "fused", "every condition"),
-        ({"quant_method": "modelopt", "exclude_modules": ["*in_proj_b*", "*in_proj_a*"]}, "dual_stream", "ModelOpt"),
-        ({"quant_method": "gptq", "dynamic": {"-:.*linear_attn.*": {}}}, "fused", "every condition"),
-        ({"quant_method": "auto-round", "extra_config": {"re:.*in_proj_[ab]": {"bits": 16}}}, "dual_stream", "INC"),
-        ({"quant_method": "gptq"}, "serial", "AutoGPTQLinearMethod and AutoGPTQLinearMethod are not known to be safe"),
-        ({"quant_method": "brand_new", "ignore": ["re:.*in_proj_[ab]$"]}, "serial", "the linear method of 'brand_new'"),
-        ({"quant_method": "compressed-tensors", "ignore": ["re:("]}, "serial", "not known to be safe"),
+        ({"enforce_eager": True}, "fused", "every condition"),
+        ({"enable_lora": True}, "serial", "LoRA is enabled"),
+        ({"enable_dbo": True, "enforce_eager": True}, "fused", "every condition"),
+        ({"cpu_offload_gb": 1.5}, "serial", "offloaded"),
+        ({"offload_group_size": 4}, "serial", "offloaded"),
+        ({"dtype": "float16"}, "fused", "every condition"),
     ],
 )
-def test_plan(model: Any, quantization: Any, strategy: str, reason: str) -> None:
-    (group,) = read_groups(model(quantization), 1, "cuda", "auto")
-    assert group.layers == GDN_LAYERS
-    assert group.plan.strategy == strategy
-    assert reason in group.plan.reason
-    assert "6 GDN layers (0-2, 4-6)" in str(group)
-
-
-def test_the_quantisation_is_a_part_of_what_times_are_kept_for(model: Any) -> None:
-    """As the engine reads it: test_host.py."""
-    quantization = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
-    (group,) = read_groups(model(quantization), 1, "cuda", "auto")
-    assert group.facts.quantization == digest(quantization) != digest({})
-    (plain,) = read_groups(model(), 1, "cuda", "auto")
-    assert plain.facts.quantization == ""
-
-
-def test_layers_that_differ_are_told_apart(model: Any) -> None:
-    quantization = {"quant_method": "fp8", "ignored_layers": ["model.layers.4.linear_attn"]}
-    groups = read_groups(model(quantization), 1, "cuda", "auto")
-    assert {group.layers: group.plan.strategy for group in groups} == {(0, 1, 2, 5, 6): "serial", (4,): "fused"}
+def test_the_engines_flags_are_part_of_the_plan(model: Any, flags: Any, strategy: str, reason: str) -> None:
+    report = elsewhere(model(), **flags)
+    assert report.strategy == strategy
+    assert reason in report.model[0]
+    for name, value in flags.items():
+        assert f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") in str(report.engine)
+    assert "not looked at" in str(report.engine)
+    assert "--compilation-config" in str(report.engine)
 
 
 @pytest.mark.parametrize(
-    ("size", "quantization", "qkvz", "ba"),
-    [(1, None, 12288, 64), (4, None, 3072, 16), (4, {"quant_method": "awq"}, 3072, 64)],
+    ("whole", "flags", "says"),
+    [
+        ({"quantization_config": FP8}, {}, "which layers quantization_config in config.json leaves unquantised"),
+        ({"compression_config": {"format": "int-quantized"}}, {}, "which layers compression_config in config.json"),
+        ({"text_config": TEXT | {"quantization_config": FP8}}, {}, "which layers quantization_config in config.json"),
+        ({}, {"quantization": "fp8"}, "which layers --quantization leaves unquantised"),
+        ({"text_config": TEXT | {"model_type": "olmo_hybrid"}}, {}, "layers of model type 'olmo_hybrid'"),
+        ({"text_config": TEXT | {"model_type": "qwen4_exp_text"}}, {}, "layers of model type 'qwen4_exp_text'"),
+    ],
 )
-def test_shapes(model: Any, size: int, quantization: Any, qkvz: int, ba: int) -> None:
-    (group,) = read_groups(model(quantization), size, "cuda", "auto")
-    assert (group.hidden_size, group.facts.qkvz.output_size, group.facts.ba.output_size) == (4096, qkvz, ba)
+def test_what_only_vllm_can_tell_is_not_guessed(model: Any, whole: Any, flags: Any, says: str) -> None:
+    path = model(**whole)
+    with pytest.raises(Undecidable, match=says):
+        facts_of(path, **flags)
+    with pytest.raises(CannotTell, match=says) as raised:
+        elsewhere(path, **flags)
+    assert str(raised.value).startswith(f"--model {path}: ")
+
+
+@pytest.mark.parametrize("name", sorted(checkpoint.QUANTIZATION_FILES))
+def test_quantisation_may_be_in_a_file_of_its_own(model: Any, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(Undecidable, match=f"which layers {name} leaves"):
+        facts_of(model())
+
+
+def test_what_is_not_known_of_the_model_does_not_change_that_the_plugin_steps_aside(model: Any) -> None:
+    report = with_model(check_elsewhere("0.19.0", None), model(quantization_config=FP8))
+    assert (report.status, report.exit_code, report.model) == ("refused", 1, [])
+    assert report.warnings[-1].startswith("the plan for the model cannot be told: which layers quantization_config")
+
+
+def of_method(qkvz: str, ba: str = UNQUANTIZED) -> LayerFacts:
+    return LayerFacts("cuda", ProjectionFacts(qkvz, "bfloat16", 12288), ProjectionFacts(ba, "bfloat16", 64), "bfloat16")
+
+
+def test_layers_that_differ_are_told_apart() -> None:
+    fp8 = of_method("Fp8LinearMethod")
+    groups = group(4096, {0: fp8, 1: fp8, 2: fp8, 4: of_method(UNQUANTIZED), 5: fp8}, "auto")
+    assert {g.layers: g.plan.strategy for g in groups} == {(0, 1, 2, 5): "dual_stream", (4,): "fused"}
+    assert [str(g).partition(":")[0] for g in groups] == ["4 GDN layers (0-2, 5)", "1 GDN layers (4)"]
+
+
+@pytest.mark.parametrize(("size", "qkvz", "ba"), [(1, 12288, 64), (4, 3072, 16)])
+def test_shapes(model: Any, size: int, qkvz: int, ba: int) -> None:
+    hidden_size, facts = facts_of(model(), tensor_parallel_size=size)
+    assert (hidden_size, facts[0].qkvz.output_size, facts[0].ba.output_size) == (4096, qkvz, ba)
 
 
 def test_batch_invariance_is_taken_from_the_environment(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """`--require fused` must not pass where the engine would never fuse."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    report = with_model(check_elsewhere("0.32.0", None), model(), 1)
+    report = elsewhere(model())
     assert (report.status, report.strategy) == ("active", "dual_stream")
     assert "promises bit-equal results" in report.model[0]
 
 
-def test_a_setting_that_leaves_nothing_to_overlap_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_GDN_PLUGIN_MAX_TOKENS", "0")
-    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "dual_stream")
-    report = with_model(check_elsewhere("0.32.0", None), model(), 1)
-    assert "VLLM_GDN_PLUGIN_MAX_TOKENS=0 leaves no batch to overlap" in report.model[0]
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[int, LayerFacts]:
+    """What vLLM says when it is asked, on a GPU that was not timed before."""
+    found: dict[int, LayerFacts] = {}
+    timing = ModuleType("vllm_gdn_plugin.run.timing")
+    timing.kept_ways_of = lambda facts, hidden_size, device: ""  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, timing.__name__, timing)
+    monkeypatch.setattr(host_model, "layer_facts_of", lambda *args: (4096, found))
+    return found
 
 
-def test_strict_and_a_serial_layer_do_not_go_together(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+HERE = Report("active", "", "auto", platform="cuda", device="NVIDIA H200")
+
+
+def test_where_vllm_is_installed_it_is_asked(model: Any, asked: dict[int, LayerFacts]) -> None:
+    asked |= {0: of_method("INCLinearMethod")}
+    report = with_model(HERE, model(quantization_config=FP8))
+    assert (report.strategy, report.exit_code, report.warnings) == ("dual_stream", 0, [])
+    assert "INCLinearMethod" in report.model[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "says", "exit_code"), [("active", "vLLM does not take", 2), ("serial", "cannot be told: vLLM", 1)]
+)
+def test_what_vllm_refuses_is_said(
+    model: Any, status: Any, says: str, exit_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in for vLLM of these tests has no configuration to be asked."""
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    if exit_code == 2:
+        with pytest.raises(CannotTell, match=f"{says} this model here: ModuleNotFoundError: No module named 'vllm."):
+            with_model(HERE, model())
+    else:
+        report = with_model(replace(HERE, status=status), model())
+        assert (report.exit_code, says in report.warnings[0]) == (1, True)
+
+
+def test_what_vllm_changes_while_it_is_asked_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This plugin is left out then, and headers of weights that cannot be had are an error."""
+    seen: list[Any] = []
+    formats = ModuleType("vllm.model_executor.layers.quantization")
+    get = formats.get_quantization_config = lambda name: None  # type: ignore[attr-defined]
+    get.__module__ = formats.__name__
+    awq = ModuleType(f"{formats.__name__}.awq")
+    original = awq.get_safetensors_params_metadata = lambda model, **revision: {}  # type: ignore[attr-defined]
+    for module in (formats, awq):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def layer_facts(*args: Any) -> Any:
+        seen.append(os.environ["VLLM_PLUGINS"].split(","))
+        return awq.get_safetensors_params_metadata("here")  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(host_model, "_layer_facts", layer_facts)
+    monkeypatch.setenv("VLLM_PLUGINS", "vllm_gdn_plugin,another")
+    with pytest.raises(Undecidable, match="does not list the quantised modules, and there are no weights of Qwen/X"):
+        host_model.layer_facts_of("Qwen/X", Path("here"), None, EngineFlags(), "cuda")
+    assert (seen, os.environ["VLLM_PLUGINS"]) == ([["another"]], "vllm_gdn_plugin,another")
+    assert awq.get_safetensors_params_metadata is original  # type: ignore[attr-defined]
+
+
+def test_strict_and_a_serial_layer_do_not_go_together(
+    model: Any, asked: dict[int, LayerFacts], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The engine would stop at that layer, whatever the others get."""
-    mixed = model({"quant_method": "fp8", "ignored_layers": ["model.layers.4.linear_attn"]})
-    assert with_model(check_elsewhere("0.32.0", None), mixed, 1).exit_code == 0
+    asked |= {0: of_method("Fp8LinearMethod", "Fp8LinearMethod"), 4: of_method(UNQUANTIZED)}
+    assert with_model(HERE, model()).exit_code == 0
     monkeypatch.setenv("VLLM_GDN_PLUGIN_STRICT", "1")
-    report = with_model(check_elsewhere("0.32.0", None), mixed, 1)
+    report = with_model(HERE, model())
     assert (report.status, report.exit_code) == ("refused", 1)
     assert "unset VLLM_GDN_PLUGIN_STRICT" in report.what_to_do
 
 
 def test_auto_on_the_cpu_is_stock(model: Any) -> None:
-    (group,) = read_groups(model(), 1, "cpu", "auto")
-    assert group.plan.strategy == "serial"
+    hidden_size, facts = unquantised_facts(Path(model()), EngineFlags(), "cpu", False)
+    assert [g.plan.strategy for g in group(hidden_size, facts, "auto")] == ["serial"]
 
 
 @pytest.mark.parametrize(
@@ -132,14 +244,9 @@ def test_auto_on_the_cpu_is_stock(model: Any) -> None:
         (json.dumps(TEXT | {"hidden_size": None}), 1, "not the config.json"),
         (json.dumps(TEXT | {"linear_num_value_heads": 0}), 1, "is less than 1"),
         (json.dumps(TEXT | {"linear_key_head_dim": -4}), 1, "is less than 1"),
-        (json.dumps(TEXT | {"layer_types": 5}), 1, "makes no sense"),
-        (json.dumps(TEXT | {"full_attention_interval": 0}), 1, "makes no sense"),
+        (json.dumps(TEXT | {"layer_types": 5}), 1, "not the config.json"),
+        (json.dumps(TEXT | {"full_attention_interval": 0}), 1, "not the config.json"),
         (json.dumps(TEXT | {"num_hidden_layers": 10**9}), 1, "num_hidden_layers below 100000"),
-        (json.dumps(TEXT | {"quantization_config": "fp8"}), 1, "makes no sense"),
-        (json.dumps(TEXT | {"quantization_config": ["fp8"]}), 1, "makes no sense"),
-        (json.dumps(TEXT | {"quantization_config": {"quant_method": "fp8", "ignore": 3}}), 1, "makes no sense"),
-        (json.dumps(TEXT | {"quantization_config": {"extra_config": ["x"]}}), 1, "makes no sense"),
-        (json.dumps(TEXT | {"quantization_config": {"extra_config": {"x": {"bits": "4"}}}}), 1, "makes no sense"),
         (json.dumps(TEXT), 3, "cannot be split 3 ways"),
         (json.dumps(TEXT), 0, "cannot be split 0 ways"),
     ],
@@ -148,66 +255,119 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, content: str | 
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(Unreadable, match=says) as raised:
-        read_groups(str(tmp_path), size, "cuda", "auto")
+        facts_of(str(tmp_path), tensor_parallel_size=size)
     assert "\n" not in str(raised.value)
 
 
-WAYS = f"fused, {', '.join(PADDED_TO)}, dual_stream or serial"
-TO_COME = f"; in CUDA graphs {WAYS}, as timed on this GPU when the engine starts"
-AT_16 = ", fused at 16 to 32 tokens, padded at 1 of 4 sizes"
-EARLIER = f"; in CUDA graphs dual_stream at 1 to 8 tokens{AT_16} (timed at an earlier start)"
+def test_a_config_that_is_named_counts_as_its_directory(model: Any, tmp_path: Path) -> None:
+    assert find_directory(model()) == find_directory(str(tmp_path / "config.json")) == tmp_path
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(Unreadable, match=r"this file is not a config.json: it takes a local model directory"):
+        find_directory(str(tmp_path / "other.json"))
+
+
+class Hub:
+    """huggingface_hub's functions, with a cache below `root`, and a Hub that has `files` or does what they do."""
+
+    def __init__(self, root: Path, files: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub, which vLLM brings, isn't installed")
+        self.root, self.files, self.calls = root, files, []
+        monkeypatch.setattr(hub.HfApi, "model_info", lambda api, model, **kw: self.info(model, **kw))
+        monkeypatch.setattr(hub, "hf_hub_download", self.download)
+        monkeypatch.setattr(hub, "try_to_load_from_cache", self.cached)
+
+    def info(self, model: str, revision: str | None, timeout: float) -> Any:
+        self.calls.append((model, revision))
+        if callable(self.files):
+            self.files()
+        return SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename=name) for name in self.files])
+
+    def download(self, model: str, name: str, revision: str) -> str:
+        self.calls.append((name, revision))
+        (self.root / name).write_text("{}")
+        return str(self.root / name)
+
+    def cached(self, model: str, name: str, revision: str | None) -> str | None:
+        return str(self.root / name) if (self.root / name).exists() else None
+
+
+def test_a_hub_id_is_fetched_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(tmp_path, ["config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"], monkeypatch)
+    assert find_directory("Qwen/Qwen3.5-27B", "v2") == tmp_path
+    assert hub.calls == [("Qwen/Qwen3.5-27B", "v2"), ("config.json", "abc"), ("hf_quant_config.json", "abc")]
+
+
+def no_network() -> None:
+    raise OSError("\n[Errno -2] Name or service not known\nmore")
+
+
+@pytest.mark.parametrize("hub", ["no network", "silent"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_without_the_hub_there_is_the_cache(
+    tmp_path: Path, hub: str, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = Event()
+    monkeypatch.setattr(checkpoint, "HUB_SECONDS", 0.2)
+    Hub(tmp_path, no_network if hub == "no network" else lambda: ended.wait(60), monkeypatch)
+    if cached:
+        (tmp_path / "config.json").write_text("{}")
+        assert find_directory("Qwen/Qwen3.5-27B") == tmp_path
+    else:
+        why = r"\[Errno -2\] Name or service not known$" if hub == "no network" else "no answer within 0.2 s$"
+        with pytest.raises(Unreadable, match=f"not in the local cache, and from the Hub: {why}"):
+            find_directory("Qwen/Qwen3.5-27B")
+    ended.set()
+
+
+@pytest.mark.parametrize("text", ["one\ntwo", "nor/a/path", "a" * 5000, "/no/such/place"], ids=lambda text: text[:9])
+def test_what_is_neither_a_path_nor_an_id(text: str) -> None:
+    pytest.importorskip("huggingface_hub", reason="huggingface_hub, which vLLM brings, isn't installed")
+    with pytest.raises(Unreadable, match="there is no such path: it takes a local model directory"):
+        find_directory(text)
+
+
+def test_without_huggingface_hub_there_are_no_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(Unreadable, match=r"there is no such path: .*, and an id needs vLLM"):
+        find_directory("Qwen/Qwen3.5-27B")
+
+
+def test_a_quantisation_config_has_a_short_name() -> None:
+    """As the engine reads it: test_host.py."""
+    assert digest({}) == digest(None) == ""
+    assert digest({"quant_method": "fp8"}) != digest({"quant_method": "awq"}) != ""
+
+
+EARLIER = "; in CUDA graphs serial at 64 tokens (timed at an earlier start)"
+TO_COME = "; in CUDA graphs dual_stream or serial, as timed on this GPU when the engine starts"
 
 
 @pytest.mark.parametrize(
-    ("variables", "platform", "gpu", "told"),
+    ("variables", "platform", "method", "kept", "told"),
     [
-        ({}, "cuda", "NVIDIA H200", EARLIER),
-        ({"MAX_TOKENS": "8"}, "cuda", "NVIDIA H200", EARLIER.replace(AT_16, "")),
-        ({"MAX_TOKENS": "0"}, "cuda", "NVIDIA H200", ""),
-        ({}, "cuda", "NVIDIA L4", TO_COME),
-        ({"TUNE": "0"}, "cuda", "NVIDIA H200", ""),
-        ({"STRATEGY": "dual_stream"}, "cuda", "NVIDIA H200", ""),
-        ({}, None, None, ""),
+        ({}, "cuda", "Fp8LinearMethod", "serial at 64 tokens", EARLIER),
+        ({}, "cuda", "Fp8LinearMethod", "", TO_COME),
+        ({"TUNE": "0"}, "cuda", "Fp8LinearMethod", "serial at 64 tokens", ""),
+        ({"STRATEGY": "dual_stream"}, "cuda", "Fp8LinearMethod", "serial at 64 tokens", ""),
+        ({}, "cuda", UNQUANTIZED, "serial at 64 tokens", ""),
+        ({}, "rocm", "Fp8LinearMethod", "serial at 64 tokens", ""),
     ],
 )
 def test_what_this_gpu_was_timed_to_do_best_is_told(
     model: Any,
-    tmp_path: Path,
+    asked: dict[int, LayerFacts],
     variables: dict[str, str],
-    platform: str | None,
-    gpu: str | None,
+    platform: str,
+    method: str,
+    kept: str,
     told: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip("torch", reason="torch isn't installed: its version is a part of what times are kept for")
-    for name, value in {"driver": "580.1", "version": "0.32.0", "tuning_directory": tmp_path / "times"}.items():
-        monkeypatch.setattr(host, name, lambda value=value: value)
-    (group,) = read_groups(model(), 1, "cuda", "auto")
-    slow = dict.fromkeys(("fused", *PADDED_TO, "dual_stream", "serial"), 3.0)
-    apart, padded, fused = (slow | {way: 1.0} for way in ("dual_stream", "fused_to_256", "fused"))
-    times = {1: apart, 8: apart, 16: padded, 32: fused}
-    keep(case_of(group.facts, 4096, "NVIDIA H200"), times, tmp_path / "times")
+    timing = sys.modules["vllm_gdn_plugin.run.timing"]
+    monkeypatch.setattr(timing, "kept_ways_of", lambda facts, hidden_size, device: kept)
+    asked |= {0: of_method(method)}
     for name, text in variables.items():
         monkeypatch.setenv(f"VLLM_GDN_PLUGIN_{name}", text)
-    report = with_model(Report("active", "", "auto", platform=platform, device=gpu), model(), 1)
-    (line,) = report.model
-    assert line.endswith(group.plan.reason + told if "STRATEGY" not in variables else "holds")
-
-
-def test_times_without_the_narrow_kernel_are_told_where_it_does_not_run(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("torch", reason="torch isn't installed: its version is a part of what times are kept for")
-    for name, value in {"driver": "580.1", "version": "0.32.0", "tuning_directory": tmp_path / "times"}.items():
-        monkeypatch.setattr(host, name, lambda value=value: value)
-    path = model({"quant_method": "fp8", "modules_to_not_convert": left_out("model")})
-    (group,) = read_groups(path, 1, "cuda", "auto")
-    case = case_of(group.facts, 4096, "NVIDIA H200")
-    times = {"dual_stream": 2.0, "serial": 3.0}
-    report = Report("active", "", "auto", platform="cuda", device="NVIDIA H200")
-    keep(without_narrow_kernel(case), {1: times}, tmp_path / "times")
-    (line,) = with_model(report, path, 1).model
-    assert line.endswith("; in CUDA graphs dual_stream at 1 token (timed at an earlier start)")
-    keep(case, {1: times | {"narrow_kernel": 1.0}}, tmp_path / "times")
-    (line,) = with_model(report, path, 1).model
-    assert line.endswith("; in CUDA graphs narrow_kernel at 1 token (timed at an earlier start)")
+    (line,) = with_model(replace(HERE, platform=platform), model()).model
+    assert line.endswith(told)
+    assert ("in CUDA graphs" in line) == bool(told)

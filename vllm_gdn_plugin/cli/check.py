@@ -13,14 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vllm_gdn_plugin
-from vllm_gdn_plugin import host
-from vllm_gdn_plugin.decide.checkpoint import ASSUMED, LayerGroup, Unreadable, read_groups
+from vllm_gdn_plugin.decide.checkpoint import (
+    NOT_LOOKED_AT,
+    EngineFlags,
+    LayerGroup,
+    Undecidable,
+    Unreadable,
+    find_directory,
+    group,
+    load_config,
+    unquantised_facts,
+)
 from vllm_gdn_plugin.decide.contract import Contract, check_contract
 from vllm_gdn_plugin.decide.decision import Decision, Status, decide, refusal
-from vllm_gdn_plugin.decide.plan import AUTO, SERIAL, choices, platform_plan
+from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, SERIAL, LayerFacts, platform_plan
+from vllm_gdn_plugin.host import facts, imports
 from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
-from vllm_gdn_plugin.tune.times import case_of, described, fastest, recall, without_narrow_kernel
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 
 if TYPE_CHECKING:
@@ -55,6 +64,8 @@ class Report:
     vllm_plugins: str | None = None
     model: list[str] = field(default_factory=list)
     """With ``--model``: one line for each group of layers that are alike."""
+    engine: str | None = None
+    """With ``--model``: the flags of the engine that the plan is for, and those that are not looked at."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -105,7 +116,7 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
     settings, warnings = read_settings(environ)
     try:
         with redirect_stdout(sys.stderr):  # the report alone belongs on stdout, whatever an import prints
-            found, package = host.version(), host.package_directory()
+            found, package = imports.version(), imports.package_directory()
     except (Exception, SystemExit) as error:
         reason = f"vLLM cannot be imported: {in_one_line(error)}"
         return Report("unknown", reason, SERIAL, ADVICE["unknown"], warnings=warnings)
@@ -134,58 +145,72 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
     )
 
 
-def with_model(report: Report, path: str, tensor_parallel_size: int) -> Report:
-    """The report with the plan for a model's layers, by its config.json.
+def with_model(report: Report, model: str, revision: str | None = None, flags: EngineFlags | None = None) -> Report:
+    """The report with the plan for the layers of a model: a local directory, its config.json, or a Hub id.
 
-    Where this machine cannot say its platform (vLLM is not installed), the plan is for CUDA, and a warning says so.
+    Where vLLM can be asked, it says what it builds; elsewhere only a model without quantisation can be told. Where this
+    machine cannot say its platform (vLLM is not installed), the plan is for CUDA, and a warning says so.
 
     Raises:
-        CannotTell: the model cannot be read, or has no GDN layers.
+        CannotTell: the model cannot be read, has no GDN layers, or it matters what vLLM builds and that is not known.
     """
+    flags = flags or EngineFlags()
     settings, _ = read_settings()
     warnings = list(report.warnings)
     if report.platform is None:
         warnings.append("the platform is not known here: the plan for the model is the one for CUDA")
-    batch_invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
+    engine = f"{flags}; not looked at, though they can change the plan: {', '.join(NOT_LOOKED_AT)}"
+    report = replace(report, engine=engine, warnings=warnings)
     try:
-        groups = read_groups(
-            path,
-            tensor_parallel_size,
-            report.platform or "cuda",
-            settings.strategy,
-            batch_invariant=batch_invariant,
-            overlap_allowed=settings.max_tokens > 0,
-        )
+        hidden_size, found = _layer_facts(report, model, revision, flags)
     except Unreadable as error:
-        raise CannotTell(str(error)) from None
-    report = replace(report, model=[f"{group}{_timed(group, report, settings)}" for group in groups], warnings=warnings)
+        raise CannotTell(f"--model {model}: {error}") from None
+    except Undecidable as error:
+        if report.status == "active":
+            raise CannotTell(f"--model {model}: {error}") from None
+        warnings.append(f"the plan for the model cannot be told: {error}")
+        return report
+    groups = group(hidden_size, found, settings.strategy)
+    report = replace(report, model=[f"{alike}{_timed(alike, report, settings)}" for alike in groups])
     if report.status != "active":
         return report
-    strategies = sorted({group.plan.strategy for group in groups})
+    strategies = sorted({alike.plan.strategy for alike in groups})
     if settings.strict and settings.strategy != SERIAL and SERIAL in strategies:
-        reason = next(group.plan.reason for group in groups if group.plan.strategy == SERIAL)
+        reason = next(alike.plan.reason for alike in groups if alike.plan.strategy == SERIAL)
         return replace(report, status="refused", strategy=SERIAL, reason=reason, what_to_do=STRICT_ADVICE)
     if strategies == [SERIAL]:
         return replace(
             report, status="serial", strategy=SERIAL, reason=groups[0].plan.reason, what_to_do=ADVICE["serial"]
         )
-    return replace(report, strategy="+".join(strategies), reason=f"by the model's config.json, {ASSUMED}")
+    return replace(report, strategy="+".join(strategies), reason=f"by the model's configuration, for {flags}")
+
+
+def _layer_facts(
+    report: Report, model: str, revision: str | None, flags: EngineFlags
+) -> tuple[int, dict[int, LayerFacts]]:
+    directory = find_directory(model, revision)
+    if report.platform is None:
+        batch_invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
+        return unquantised_facts(directory, flags, "cuda", batch_invariant)
+    load_config(directory)  # its errors are plainer than vLLM's
+    with redirect_stdout(sys.stderr):
+        from vllm_gdn_plugin.host.model import layer_facts_of
+
+        return layer_facts_of(model, directory, revision, flags, report.platform)
 
 
 def _timed(group: LayerGroup, report: Report, settings: Settings) -> str:
-    """What ``auto`` chooses by the times of this GPU, if it was started here before."""
-    ways = choices(group.facts)
-    if settings.strategy != AUTO or not settings.tune or report.platform != "cuda" or not ways:
+    """What ``auto`` chooses for dual_stream by the times of this GPU, if it was started here before."""
+    if settings.strategy != AUTO or not settings.tune or report.platform != "cuda":
         return ""
-    case = case_of(group.facts, group.hidden_size, report.device or "")
-    times = recall(case, host.tuning_directory())
-    if not times:
-        case = without_narrow_kernel(case)
-        times = recall(case, host.tuning_directory())
-    chosen = fastest({tokens: time for tokens, time in times.items() if tokens <= settings.max_tokens}, case.ways)
+    if group.plan.strategy != DUAL_STREAM:
+        return ""
+    from vllm_gdn_plugin.run.timing import kept_ways_of
+
+    chosen = kept_ways_of(group.facts, group.hidden_size, report.device or "")
     if chosen:
-        return f"; in CUDA graphs {described(chosen)} (timed at an earlier start)"
-    return f"; in CUDA graphs {', '.join(ways[:-1])} or {ways[-1]}, as timed on this GPU when the engine starts"
+        return f"; in CUDA graphs {chosen} (timed at an earlier start)"
+    return "; in CUDA graphs dual_stream or serial, as timed on this GPU when the engine starts"
 
 
 def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report:
@@ -240,7 +265,7 @@ def _platform(settings: Settings, found: str, contract: Contract) -> tuple[str |
         return None, "not asked"
     try:
         with redirect_stdout(sys.stderr):
-            name = host.platform()
+            name = facts.platform()
     except (Exception, SystemExit) as error:
         return None, in_one_line(error)
     try:

@@ -4,9 +4,11 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin.cli import check
+from vllm_gdn_plugin.decide.checkpoint import NOT_LOOKED_AT, EngineFlags
 from vllm_gdn_plugin.decide.plan import STRATEGIES
 from vllm_gdn_plugin.settings import describe
 
@@ -14,13 +16,24 @@ EPILOG = """\
 exit status of check:
   0  the plugin will install (with --require: and use that strategy)
   1  it will step aside; the reason is printed
-  2  it cannot tell: vLLM is missing or broken, or the arguments are wrong
+  2  it cannot tell: vLLM is missing or broken, it does not take the model here, the model is neither here nor to be had
+     from the Hub, or the arguments are wrong
+
+with --model:
+  Where vLLM is installed, its own configuration says what it builds for each GDN layer: without weights, and without
+  using a GPU. The first time takes some ten seconds more. Elsewhere only models without quantisation can be told.
+  Of a Hub id the configuration is fetched, with the headers of the weights where a format needs them; without a network,
+  or with HF_HUB_OFFLINE=1, the local cache has to have it. Give the flags that the engine is started with. Not looked at,
+  though they can change the plan:
+    {ignored}
 
 environment:
 {settings}
   VLLM_PLUGINS: vLLM's own switch. Not set, every installed plugin is loaded; set, only those it names:
     VLLM_PLUGINS=vllm_gdn_plugin loads this one alone, VLLM_PLUGINS="" loads none.
 """
+
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         help="say what the plugin will do here, before vLLM is started",
         description="Takes the very decision that the plugin takes in the engine, and prints it with its reason.",
-        epilog=EPILOG.format(settings=settings),
+        epilog=EPILOG.format(settings=settings, ignored=", ".join(NOT_LOOKED_AT)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
@@ -62,8 +75,21 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="check the sources of this vLLM (source tree, site directory or wheel) instead; nothing is imported",
     )
-    command.add_argument("--model", metavar="PATH", help="a local model: also tell the plan for each of its GDN layers")
-    command.add_argument("--tensor-parallel-size", type=_count, default=1, metavar="N", help="for --model (default 1)")
+    command.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="a local directory, its config.json or a Hub id: also tell the plan for each of its GDN layers",
+    )
+    command.add_argument("--revision", help="of a Hub id (default: its main branch)")
+    flags = command.add_argument_group("flags of vllm serve, for --model")
+    flags.add_argument("--tensor-parallel-size", "-tp", type=_count, default=1, metavar="N")
+    flags.add_argument("--quantization", "-q", metavar="METHOD")
+    flags.add_argument("--dtype", default="auto", choices=DTYPES)
+    flags.add_argument("--enforce-eager", action="store_true")
+    flags.add_argument("--enable-lora", action="store_true")
+    flags.add_argument("--enable-dbo", action="store_true")
+    flags.add_argument("--cpu-offload-gb", type=_gigabytes, default=0.0, metavar="GIB")
+    flags.add_argument("--offload-group-size", type=_number, default=0, metavar="N")
     commands.add_parser(
         "bench", help="time the input projections, or whole engines with and without the plugin", add_help=False
     )
@@ -76,16 +102,33 @@ def _count(text: str) -> int:
     return int(text[:9])
 
 
+def _number(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!a} is not a number from 0 on")
+    return number
+
+
 def _check(options: argparse.Namespace) -> int:
     # vLLM logs to stdout by default; the report alone belongs there.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         if options.vllm_version is None and options.vllm_source is None:
             report = check.check_here()
         else:
             report = check.check_elsewhere(options.vllm_version, options.vllm_source)
         if options.model is not None:
-            report = check.with_model(report, options.model, options.tensor_parallel_size)
+            flags = EngineFlags(**{field.name: getattr(options, field.name) for field in fields(EngineFlags)})
+            report = check.with_model(report, options.model, options.revision, flags)
     except check.CannotTell as error:
         return _cannot_tell(str(error))
     if options.require is not None:

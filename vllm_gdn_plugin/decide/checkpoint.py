@@ -1,46 +1,90 @@
-"""What a checkpoint's ``config.json`` says about its GDN layers: their shapes, their precision, and so their plan.
+"""What a model's ``config.json`` tells of its GDN layers without vLLM, and the layers that are alike, with their plan.
 
 An answer before the engine is started. The engine decides on the layers that vLLM has built, with the same rules.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from vllm_gdn_plugin.decide.plan import LayerFacts, Plan, ProjectionFacts, plan
 from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
 
-LINEAR_METHODS = {
-    "auto-round": "INCLinearMethod",
-    "awq": "AutoAWQMarlinLinearMethod",
-    "compressed-tensors": "CompressedTensorsLinearMethod",
-    "fbgemm_fp8": "FBGEMMFp8LinearMethod",
-    "fp8": "Fp8LinearMethod",
-    "gptq": "AutoGPTQLinearMethod",
-    "inc": "INCLinearMethod",
-    "modelopt": "ModelOptLinearMethod",
-}
-"""The linear method that vLLM uses on CUDA for a checkpoint's ``quant_method``."""
-
-REPLICATE_BA = ("AutoAWQMarlinLinearMethod", "AutoGPTQLinearMethod", "INCLinearMethod")
-"""Methods for which vLLM keeps all of ``in_proj_ba`` on every tensor-parallel rank, in the flat layout on CUDA."""
-
-SHARDS = {
-    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z", "in_proj_qkvz"),
-    "in_proj_ba": ("in_proj_b", "in_proj_a", "in_proj_ba"),
-}
-"""The names a projection has in checkpoints: in parts in the flat layout, whole in the interleaved one."""
-
-PREFIXES = ("model", "model.language_model", "language_model.model")
+MODEL_TYPES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
+"""Models whose ``linear_attention`` layers are vLLM's Qwen GDN layer in every supported release. Others have such
+layers, and sizes of the same names, but a layer class of their own (OLMo Hybrid), or linear methods that vLLM swaps."""
 
 
 class Unreadable(ValueError):
     """There is no usable config.json, or it is not that of a model with GDN layers."""
+
+
+class Undecidable(ValueError):
+    """The model can be read, but what vLLM builds of it cannot be told."""
+
+
+@dataclass(frozen=True)
+class EngineFlags:
+    """The flags of ``vllm serve`` that the plans depend on, by vLLM's names and with its defaults."""
+
+    tensor_parallel_size: int = 1
+    quantization: str | None = None
+    dtype: str = "auto"
+    enforce_eager: bool = False
+    enable_lora: bool = False
+    enable_dbo: bool = False
+    cpu_offload_gb: float = 0
+    offload_group_size: int = 0
+
+    @property
+    def offload(self) -> bool:
+        return self.cpu_offload_gb > 0 or self.offload_group_size > 0
+
+    def __str__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if value != getattr(EngineFlags, name)}
+        flags = [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in given.items()
+        ]
+        return " ".join(["vllm serve", *flags])
+
+
+NOT_LOOKED_AT = (
+    "--compilation-config",
+    "--optimization-level",
+    "--quantization-config",
+    "--hf-overrides",
+    "--load-format",
+    "--model-impl",
+    "--ubatch-size",
+)
+"""Further flags that can change a plan."""
+
+
+@dataclass(frozen=True)
+class GdnShape:
+    """The sizes of a model's GDN layers before tensor parallelism splits them, and which of its layers they are."""
+
+    hidden_size: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    layers: tuple[int, ...]
+
+    @property
+    def qkvz(self) -> tuple[int, int, int, int]:
+        """Outputs of ``in_proj_qkvz``: q, k, v and z."""
+        key, value = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        return key, key, value, value
+
+    @property
+    def ba(self) -> tuple[int, int]:
+        """Outputs of ``in_proj_ba``: b and a."""
+        return self.value_heads, self.value_heads
 
 
 @dataclass(frozen=True)
@@ -61,47 +105,102 @@ class LayerGroup:
         )
 
 
-ASSUMED = "for an engine with CUDA graphs, without LoRA and CPU offload"
-"""Settings of the engine that a checkpoint does not tell."""
+def group(hidden_size: int, facts: Mapping[int, LayerFacts], request: str) -> list[LayerGroup]:
+    """The layers with these facts, by index, grouped by what is planned for them."""
+    alike: dict[LayerFacts, list[int]] = {}
+    for layer, found in facts.items():
+        alike.setdefault(found, []).append(layer)
+    return [LayerGroup(tuple(layers), hidden_size, found, plan(found, request)) for found, layers in alike.items()]
 
 
-def read_groups(
-    path: str,
-    tensor_parallel_size: int,
-    platform: str,
-    request: str,
-    *,
-    batch_invariant: bool = False,
-    overlap_allowed: bool = True,
-) -> list[LayerGroup]:
-    """The GDN layers of the model in a directory (or of a config.json), grouped by what is planned for them.
+TAKES = "it takes a local model directory, its config.json or a Hub id"
 
-    The answer is for an engine as :data:`ASSUMED`, with two more facts of :class:`LayerFacts` as given.
+QUANTIZATION_FILES = {"hf_quant_config.json", "quant_config.json", "quantize_config.json"}
+"""Where formats keep what config.json does not say."""
+
+HUB_SECONDS = 20
+"""How long the Hub may take: huggingface_hub waits for some answers without end."""
+
+
+def find_directory(model: str, revision: str | None = None) -> Path:
+    """The directory of a model's config.json: ``model`` itself, the directory of a file of that name, or the snapshot
+    of a Hub id in the local cache, into which its small files are fetched first where the Hub can be reached.
 
     Raises:
         Unreadable: with one line that says what is wrong.
     """
+    path = Path(model)
     try:
-        return _groups(
-            path,
-            tensor_parallel_size,
-            platform,
-            request,
-            batch_invariant=batch_invariant,
-            overlap_allowed=overlap_allowed,
-        )
-    except Unreadable:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise Unreadable(f"{path} is not the config.json of a model: what it holds makes no sense ({reason})") from None
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError):  # too long, or a NUL in it
+        is_directory = is_file = False
+    if is_directory:
+        return path
+    if is_file:
+        if path.name != "config.json":
+            raise Unreadable(f"this file is not a config.json: {TAKES}")
+        return path.parent
+    return _snapshot(model, revision)
 
 
-def _groups(
-    path: str, tensor_parallel_size: int, platform: str, request: str, *, batch_invariant: bool, overlap_allowed: bool
-) -> list[LayerGroup]:
-    whole = _load(Path(path))
-    config = whole.get("text_config", whole)
+def _snapshot(model: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        raise Unreadable(f"there is no such path: {TAKES}, and an id needs vLLM") from None
+    came: list[str | Exception] = []
+
+    def fetch() -> None:
+        try:
+            info = HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
+            there = {file.rfilename for file in info.siblings or ()}
+            for name in ("config.json", *(there & QUANTIZATION_FILES)):
+                came.append(hf_hub_download(model, name, revision=info.sha))
+        except Exception as error:  # each release of huggingface_hub, and of what it fetches with, has its own
+            came.append(error)
+
+    thread = Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    failed = came[-1] if came and isinstance(came[-1], Exception) else None
+    if isinstance(failed, HFValidationError):
+        raise Unreadable(f"there is no such path: {TAKES}")
+    if thread.is_alive() or failed:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    else:
+        config = str(came[0])
+    if isinstance(config, str):
+        return Path(config).parent
+    lines = str(failed).splitlines() if failed else [f"no answer within {HUB_SECONDS} s"]
+    reason = next(filter(None, map(str.strip, lines)), type(failed).__name__)
+    raise Unreadable(f"it is no local path, it is not in the local cache, and from the Hub: {reason}")
+
+
+def load_config(directory: Path) -> Mapping[str, Any]:
+    """What the config.json in ``directory`` holds.
+
+    Raises:
+        Unreadable: there is none, or it is no model's.
+    """
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise Unreadable(f"there is no {file}: {TAKES}") from None
+    except ValueError as error:
+        raise Unreadable(f"{file} is not JSON: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("text_config", {}), dict):
+        raise Unreadable(f"{file} is not a model's config.json")
+    return config
+
+
+def gdn_shape(config: Mapping[str, Any], tensor_parallel_size: int) -> GdnShape:
+    """The GDN layers of a model with this text configuration.
+
+    Raises:
+        Unreadable: it has none, a size makes no sense, or the heads cannot be split so many ways.
+    """
     try:
         hidden, key_heads, value_heads, key_dim, value_dim = (
             int(config[name])
@@ -113,59 +212,19 @@ def _groups(
                 "linear_value_head_dim",
             )
         )
-        layer_types = config.get("layer_types") or _layer_types(config)
-    except (KeyError, TypeError, ValueError) as error:
-        raise Unreadable(f"{path} is not the config.json of a model with Gated Delta Net layers: no {error}") from None
+        layer_types = list(config.get("layer_types") or _layer_types(config))
+    except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+        raise Unreadable(f"this is not the config.json of a model with Gated Delta Net layers: no {error}") from None
     if min(hidden, key_heads, value_heads, key_dim, value_dim) < 1:
-        raise Unreadable(f"{path}: a size of its Gated Delta Net layers is less than 1")
-    gdn = [i for i, kind in enumerate(layer_types) if kind == "linear_attention"]
-    if not gdn:
-        raise Unreadable(f"{path}: none of the model's layers is a Gated Delta Net layer")
+        raise Unreadable("a size of the model's Gated Delta Net layers is less than 1")
+    layers = tuple(i for i, kind in enumerate(layer_types) if kind == "linear_attention")
+    if not layers:
+        raise Unreadable("none of the model's layers is a Gated Delta Net layer")
     if tensor_parallel_size < 1 or key_heads % tensor_parallel_size or value_heads % tensor_parallel_size:
         raise Unreadable(
             f"{key_heads} key heads and {value_heads} value heads cannot be split {tensor_parallel_size} ways"
         )
-    dtype = str(config.get("dtype") or config.get("torch_dtype") or whole.get("dtype") or "bfloat16")
-    quantization = whole.get("quantization_config") or config.get("quantization_config") or {}
-    flat = not str(config.get("model_type", whole.get("model_type", ""))).startswith("qwen3_next")
-    groups: dict[LayerFacts, list[int]] = {}
-    for layer in gdn:
-        qkvz, ba = (_linear_method(quantization, layer, projection) for projection in SHARDS)
-        replicated = flat and platform == "cuda" and _method(quantization) in REPLICATE_BA
-        ba_parts = 1 if replicated else tensor_parallel_size
-        facts = LayerFacts(
-            platform,
-            ProjectionFacts(
-                qkvz,
-                dtype,
-                2 * (key_heads * key_dim + value_heads * value_dim) // tensor_parallel_size,
-            ),
-            ProjectionFacts(ba, dtype, 2 * value_heads // ba_parts),
-            activation_dtype=dtype,
-            batch_invariant=batch_invariant,
-            overlap_allowed=overlap_allowed,
-            quantization=digest(quantization),
-        )
-        groups.setdefault(facts, []).append(layer)
-    return [LayerGroup(tuple(layers), hidden, facts, plan(facts, request)) for facts, layers in groups.items()]
-
-
-def digest(quantization: Any) -> str:
-    """A short name for a checkpoint's quantisation config; empty for none."""
-    return hashlib.sha256(repr(quantization).encode()).hexdigest()[:16] if quantization else ""
-
-
-def _load(path: Path) -> Mapping[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise Unreadable(f"there is no {file}: --model takes a local model directory or its config.json") from None
-    except ValueError as error:
-        raise Unreadable(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("text_config", {}), dict):
-        raise Unreadable(f"{file} is not a model's config.json")
-    return config
+    return GdnShape(hidden, key_heads, value_heads, key_dim, value_dim, layers)
 
 
 MOST_LAYERS = 100_000
@@ -179,37 +238,56 @@ def _layer_types(config: Mapping[str, Any]) -> list[str]:
     return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
 
 
-def _method(quantization: Mapping[str, Any]) -> str:
-    name = str(quantization.get("quant_method", "")).lower()
-    return LINEAR_METHODS.get(name, f"the linear method of {name!r}") if name else UNQUANTIZED
+def unquantised_facts(
+    directory: Path, flags: EngineFlags, platform: str, batch_invariant: bool
+) -> tuple[int, dict[int, LayerFacts]]:
+    """(hidden size, the facts about each GDN layer by index) of the model in a directory, without vLLM.
+
+    Only where nothing is quantised: how the modules of a quantised model are matched differs by format and release.
+
+    Raises:
+        Unreadable: there is no config.json of a model with GDN layers.
+        Undecidable: vLLM has to be asked.
+    """
+    whole = load_config(directory)
+    config = whole.get("text_config", whole)
+    shape = gdn_shape(config, flags.tensor_parallel_size)
+    kind = config.get("model_type", whole.get("model_type"))
+    if kind not in MODEL_TYPES:
+        raise Undecidable(f"how vLLM builds the layers of model type {kind!a} cannot be told without vLLM")
+    says = [
+        f"{key} in config.json" for key in ("quantization_config", "compression_config") if _has(key, whole, config)
+    ]
+    if flags.quantization is not None:
+        says.append("--quantization")
+    says += [name for name in sorted(QUANTIZATION_FILES) if (directory / name).exists()]
+    if says:
+        raise Undecidable(f"which layers {says[0]} leaves unquantised cannot be told without vLLM")
+    dtype = flags.dtype
+    if dtype == "auto":
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or whole.get("dtype") or "bfloat16")
+    parts = flags.tensor_parallel_size
+    facts = LayerFacts(
+        platform,
+        ProjectionFacts(UNQUANTIZED, dtype, sum(shape.qkvz) // parts),
+        ProjectionFacts(UNQUANTIZED, dtype, sum(shape.ba) // parts),
+        activation_dtype=dtype,
+        lora=flags.enable_lora,
+        cuda_graphs=not flags.enforce_eager,
+        batch_invariant=batch_invariant,
+        offload=flags.offload,
+        ubatching=flags.enable_dbo,
+    )
+    return shape.hidden_size, dict.fromkeys(shape.layers, facts)
 
 
-def _linear_method(quantization: Mapping[str, Any], layer: int, projection: str) -> str:
-    names = [f"{prefix}.layers.{layer}.linear_attn.{shard}" for prefix in PREFIXES for shard in SHARDS[projection]]
-    left_out = any(_matches(pattern, name) for pattern in _left_out(quantization) for name in names)
-    return UNQUANTIZED if left_out else _method(quantization)
+def _has(key: str, *configs: Mapping[str, Any]) -> bool:
+    return any(config.get(key) for config in configs)
 
 
-def _left_out(quantization: Mapping[str, Any]) -> Iterable[str]:
-    """Patterns of the modules that stay unquantised, under whichever name the method gives the list."""
-    for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules"):
-        yield from map(str, quantization.get(key) or ())
-    # GPTQ: a dynamic rule that starts with "-:" takes modules out; AutoRound: one with 16 bits does.
-    yield from (f"re:{key[2:]}" for key in quantization.get("dynamic") or {} if str(key).startswith("-:"))
-    for key, value in (quantization.get("extra_config") or {}).items():
-        if isinstance(value, dict) and value.get("bits", 4) >= 16:
-            yield str(key)
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        try:
-            return re.match(pattern[3:], name) is not None
-        except re.error:
-            return False
-    if "*" in pattern:
-        return fnmatchcase(name, pattern)
-    return f".{pattern}." in f".{name}."
+def digest(quantization: Any) -> str:
+    """A short name for a checkpoint's quantisation config; empty for none."""
+    return hashlib.sha256(repr(quantization).encode()).hexdigest()[:16] if quantization else ""
 
 
 def _ranges(numbers: Iterable[int]) -> str:
