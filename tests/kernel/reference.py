@@ -43,29 +43,30 @@ def toward_zero(t: torch.Tensor) -> torch.Tensor:
 
 
 def reference(
-    step: Step, token: int, *, eps: float, gate: str, bf16: Callable[[torch.Tensor], torch.Tensor] = exact
+    step: Step, tokens: list[int], *, eps: float, gate: str, bf16: Callable[[torch.Tensor], torch.Tensor] = exact
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (HV, 128), conv state (3, qkv) and recurrent state (HV, 128, 128) of a token after the step, in float64.
+    """A step of these tokens in float64: output (tokens, HV, 128), conv state (tokens, 3, qkv) and recurrent state
+    (tokens, HV, 128, 128) after it.
 
     ``bf16`` rounds, or does not, what vLLM rounds to bfloat16 on the way.
     """
-    slot, x = int(step.state_indices[token]), step.mixed_qkvz[token].double()
-    b, a, ssm = step.b[token].double(), step.a[token].double(), step.ssm_state[slot].double()
-    heads, qkv = b.numel(), step.conv_weight.shape[0]
-    window = torch.cat([step.conv_state[slot, : TAPS - 1].double(), x[None, :qkv]])
-    products = window.t() * step.conv_weight.double()
+    slots, x = step.state_indices[tokens].long(), step.mixed_qkvz[tokens].double()
+    b, a, ssm = step.b[tokens].double(), step.a[tokens].double(), step.ssm_state[slots].double()
+    heads, qkv = b.shape[1], step.conv_weight.shape[0]
+    window = torch.cat([step.conv_state[slots, : TAPS - 1].double(), x[:, None, :qkv]], 1)
+    products = window * step.conv_weight.t().double()
     y = (bf16(products) if step.conv_weight.dtype == torch.bfloat16 else products).sum(1)
-    y = bf16(y * y.sigmoid())
-    q, k, v = (t.view(-1, DIM) for t in y.split([(qkv - heads * DIM) // 2] * 2 + [heads * DIM]))
+    y = bf16(y * y.sigmoid()).view(len(tokens), -1, DIM)
+    q, k, v = y.split([(y.shape[1] - heads) // 2] * 2 + [heads], 1)
     q, k = (t / (t.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
-    q, k = (t.repeat_interleave(heads // t.shape[0], 0) for t in (q * DIM**-0.5, k))
+    q, k = (t.repeat_interleave(heads // t.shape[1], 1) for t in (q * DIM**-0.5, k))
     decay = torch.exp(-step.A_log.double().exp() * torch.nn.functional.softplus(a + step.dt_bias.double()))
-    ssm = ssm * decay[:, None, None]
-    ssm = ssm + ((v - (ssm @ k[:, :, None])[..., 0]) * b.sigmoid()[:, None])[:, :, None] * k[:, None, :]
-    o = bf16((ssm @ q[:, :, None])[..., 0])
-    z = x[qkv:].view(heads, DIM)
+    ssm = ssm * decay[..., None, None]
+    ssm = ssm + ((v - (ssm @ k[..., None])[..., 0]) * b.sigmoid()[..., None])[..., None] * k[..., None, :]
+    o = bf16((ssm @ q[..., None])[..., 0])
     o = o * (o.pow(2).mean(-1, keepdim=True) + eps).rsqrt() * step.norm_weight.double()
-    return o * (z.sigmoid() if gate == "sigmoid" else z * z.sigmoid()), window[1:], ssm
+    z = x[:, qkv:].view(o.shape)
+    return o * (z.sigmoid() if gate == "sigmoid" else z * z.sigmoid()), window[:, 1:], ssm
 
 
 def error(got: torch.Tensor, true: torch.Tensor) -> float:
