@@ -8,6 +8,7 @@ import signal
 import sys
 import zipfile
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -288,38 +289,26 @@ def __getattr__(name):
 }
 
 
-class Tree:
-    """A ``vllm`` source tree, and a ``torch`` beside it whose ``cuda`` notes every call, that a test can edit."""
+class Sources:
+    """The sources of a ``vllm``, and of a ``torch`` beside it whose ``cuda`` notes every call, that a test can edit."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.package = root / "vllm"
+    def __init__(self) -> None:
+        self.texts: dict[str, bytes] = {}
         for module, source in SOURCES.items():
             self.write(module, source)
 
-    def path(self, module: str) -> Path:
-        stem = self.root.joinpath(*module.split("."))
-        is_package = any(other.startswith(f"{module}.") for other in SOURCES)
-        return stem / "__init__.py" if is_package else stem.with_suffix(".py")
-
     def write(self, module: str, source: str | bytes) -> None:
-        path = self.path(module)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for folder in path.parents:
-            if folder == self.root:
-                break
-            (folder / "__init__.py").touch()
-        path.write_bytes(source.encode() if isinstance(source, str) else source)
+        self.texts[module] = source.encode() if isinstance(source, str) else source
+
+    def remove(self, module: str) -> None:
+        del self.texts[module]
 
     def edit(self, module: str, *replacements: tuple[str, str]) -> None:
-        source = self.path(module).read_text()
+        source = self.texts[module].decode()
         for old, new in replacements:
             assert old in source, f"{module} has no {old!r}: this edit changes nothing"
             source = source.replace(old, new)
         self.write(module, source)
-
-    def remove(self, module: str) -> None:
-        self.path(module).unlink()
 
     def version(self, version: str) -> None:
         self.edit("vllm", ("0.32.0", version))
@@ -328,19 +317,62 @@ class Tree:
         self.edit("vllm.platforms", ('Platform("cuda")', f'Platform("{name}")'))
 
     def make_old(self) -> None:
-        """Turn the tree into what 0.20 looks like: another module, class, signature and a LoRA branch."""
-        source = self.path(GDN).read_text()
-        head, rest = source.split("    def forward_cuda(self, hidden_states):\n")
+        """Turn them into what 0.20 looks like: another module, class, signature and a LoRA branch."""
+        head, rest = self.texts[GDN].decode().split("    def forward_cuda(self, hidden_states):\n")
         tail = rest[rest.index("    def split_qkvz") :]
         old = f"{head}    def forward_cuda(self, hidden_states, output):\n{LORA_BODY}\n{tail}"
         self.write(OLD_GDN, old.replace(GDN_CLASSES[GDN], GDN_CLASSES[OLD_GDN]))
         self.remove(GDN)
 
+    @staticmethod
+    def file(module: str) -> str:
+        is_package = any(other.startswith(f"{module}.") for other in SOURCES)
+        return module.replace(".", "/") + ("/__init__.py" if is_package else ".py")
+
+    def zipped(self, file: Any, compression: int = zipfile.ZIP_STORED) -> None:
+        with zipfile.ZipFile(file, "w", compression) as archive:
+            for module, source in self.texts.items():
+                if module.partition(".")[0] == "vllm":
+                    archive.writestr(self.file(module), source)
+
+    @property
+    def package(self) -> Any:
+        wheel = BytesIO()
+        self.zipped(wheel)
+        return zipfile.Path(wheel, "vllm/")
+
+
+class Tree(Sources):
+    """The same as files below ``root``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        super().__init__()
+
+    @property
+    def package(self) -> Path:
+        return self.root / "vllm"
+
+    def path(self, module: str) -> Path:
+        return self.root / self.file(module)
+
+    def write(self, module: str, source: str | bytes) -> None:
+        super().write(module, source)
+        path = self.path(module)
+        folder = path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        while folder != self.root and not (folder / "__init__.py").exists():
+            (folder / "__init__.py").touch()
+            folder = folder.parent
+        path.write_bytes(self.texts[module])
+
+    def remove(self, module: str) -> None:
+        super().remove(module)
+        self.path(module).unlink()
+
     def wheel(self, compression: int = zipfile.ZIP_STORED) -> Path:
         path = self.root / "vllm-0.32.0-py3-none-any.whl"
-        with zipfile.ZipFile(path, "w", compression) as archive:
-            for file in sorted(self.package.rglob("*.py")):
-                archive.write(file, file.relative_to(self.root).as_posix())
+        self.zipped(path, compression)
         return path
 
 
@@ -406,6 +438,11 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def sources() -> Sources:
+    return Sources()
 
 
 @pytest.fixture

@@ -34,16 +34,16 @@ def instead_of(line: str, *lines: str) -> list[tuple[str, str]]:
     return [(line, "".join(f"        {text}\n" for text in lines))]
 
 
-def test_the_stub_as_it_is_passes(tree: Any) -> None:
-    contract = check_contract(tree.package)
+def test_the_stub_as_it_is_passes(sources: Any) -> None:
+    contract = check_contract(sources.package)
     assert contract.holds
     assert (contract.module, contract.class_name) == (GDN, CLASS)
     assert contract.reason == f"{GDN}.{CLASS} is as the plugin expects it"
 
 
-def test_the_old_location_signature_and_lora_branch_pass(tree: Any) -> None:
-    tree.make_old()
-    contract = check_contract(tree.package)
+def test_the_old_location_signature_and_lora_branch_pass(sources: Any) -> None:
+    sources.make_old()
+    contract = check_contract(sources.package)
     assert (contract.module, contract.class_name, contract.breaches) == (OLD_GDN, GDN_CLASSES[OLD_GDN], ())
 
 
@@ -68,9 +68,9 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize("edits", ACCEPTED.values(), ids=ACCEPTED)
-def test_what_real_releases_vary_is_accepted(tree: Any, edits: list[tuple[str, str]]) -> None:
-    tree.edit(GDN, *edits)
-    assert check_contract(tree.package).breaches == ()
+def test_what_real_releases_vary_is_accepted(sources: Any, edits: list[tuple[str, str]]) -> None:
+    sources.edit(GDN, *edits)
+    assert check_contract(sources.package).breaches == ()
 
 
 BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
@@ -209,9 +209,9 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], str]] = {
 
 
 @pytest.mark.parametrize(("edits", "named"), BROKEN.values(), ids=BROKEN)
-def test_a_change_of_the_layer_is_caught_and_named(tree: Any, edits: list[tuple[str, str]], named: str) -> None:
-    tree.edit(GDN, *edits)
-    contract = check_contract(tree.package)
+def test_a_change_of_the_layer_is_caught_and_named(sources: Any, edits: list[tuple[str, str]], named: str) -> None:
+    sources.edit(GDN, *edits)
+    contract = check_contract(sources.package)
     assert not contract.holds
     assert not contract.superseded
     assert contract.reason.startswith("this vLLM is not as the plugin expects it: ")
@@ -235,27 +235,29 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("source", HOSTILE.values(), ids=HOSTILE)
-def test_no_content_raises(tree: Any, source: bytes) -> None:
-    tree.write(GDN, source)
-    tree.write("vllm.logger", source)
-    contract = check_contract(tree.package)
+def test_no_content_raises(sources: Any, source: bytes) -> None:
+    sources.write(GDN, source)
+    sources.write("vllm.logger", source)
+    contract = check_contract(sources.package)
     assert GDN in contract.reason
 
 
-def test_a_layer_too_deep_to_be_followed_is_not_as_expected(tree: Any) -> None:
-    tree.edit(GDN, *after(BA, f"ba = ba{'.b' * 900}(ba)"))
-    assert f"the source of {GDN} cannot be read: RecursionError" in check_contract(tree.package).reason
+def test_a_layer_too_deep_to_be_followed_is_not_as_expected(sources: Any) -> None:
+    sources.edit(GDN, *after(BA, f"ba = ba{'.b' * 900}(ba)"))
+    assert f"the source of {GDN} cannot be read: RecursionError" in check_contract(sources.package).reason
 
 
-def test_every_breach_is_named_not_only_the_first(tree: Any) -> None:
-    tree.edit(GDN, *after(BA, "x = hidden_states"), ("@PluggableLayer.register(", "@register("), (CPU_BA, CPU_BA * 2))
-    tree.remove("vllm.envs")
-    assert len(check_contract(tree.package).breaches) == 4
+def test_every_breach_is_named_not_only_the_first(sources: Any) -> None:
+    sources.edit(
+        GDN, *after(BA, "x = hidden_states"), ("@PluggableLayer.register(", "@register("), (CPU_BA, CPU_BA * 2)
+    )
+    sources.remove("vllm.envs")
+    assert len(check_contract(sources.package).breaches) == 4
 
 
-def test_no_gdn_module_at_all(tree: Any) -> None:
-    tree.remove(GDN)
-    contract = check_contract(tree.package)
+def test_no_gdn_module_at_all(sources: Any) -> None:
+    sources.remove(GDN)
+    contract = check_contract(sources.package)
     assert (contract.module, contract.class_name) == (None, None)
     assert f"the GDN layer has moved: there is neither {GDN} nor {OLD_GDN}" in contract.reason
     assert ADVICE in contract.reason
@@ -265,20 +267,20 @@ HELPER_NAMES = [(module, name) for module, names in HELPERS.items() for name in 
 
 
 @pytest.mark.parametrize(("module", "name"), HELPER_NAMES, ids=[f"{m}.{n}" for m, n in HELPER_NAMES])
-def test_a_missing_helper_is_named(tree: Any, module: str, name: str) -> None:
+def test_a_missing_helper_is_named(sources: Any, module: str, name: str) -> None:
     last = name.rpartition(".")[2]
-    tree.edit(module, (last, f"renamed_{last}"))
-    assert check_contract(tree.package).breaches[0] == f"there is no {module}.{name}"
+    sources.edit(module, (last, f"renamed_{last}"))
+    assert check_contract(sources.package).breaches[0] == f"there is no {module}.{name}"
 
 
 @pytest.mark.parametrize("broken", [None, "def f(:", b"\xff"], ids=["missing", "syntax error", "not UTF-8"])
 @pytest.mark.parametrize("module", HELPERS)
-def test_a_missing_helper_module_is_named(tree: Any, module: str, broken: str | bytes | None) -> None:
+def test_a_missing_helper_module_is_named(sources: Any, module: str, broken: str | bytes | None) -> None:
     if broken is None:
-        tree.remove(module)
+        sources.remove(module)
     else:
-        tree.write(module, broken)
-    assert check_contract(tree.package).breaches == (f"there is no readable module {module}",)
+        sources.write(module, broken)
+    assert check_contract(sources.package).breaches == (f"there is no readable module {module}",)
 
 
 def test_every_name_that_is_imported_from_vllm_is_part_of_the_contract() -> None:
@@ -315,17 +317,17 @@ BINDINGS = {
 
 
 @pytest.mark.parametrize("source", BINDINGS.values(), ids=BINDINGS)
-def test_a_helper_may_be_bound_in_any_way(tree: Any, source: str) -> None:
-    tree.write("vllm.logger", source)
-    assert check_contract(tree.package).breaches == ()
+def test_a_helper_may_be_bound_in_any_way(sources: Any, source: str) -> None:
+    sources.write("vllm.logger", source)
+    assert check_contract(sources.package).breaches == ()
 
 
 @pytest.mark.parametrize(
     "source", ["from init_logger import x\n", "from x import init_logger as x\n", "def f():\n    init_logger = 1\n"]
 )
-def test_a_name_that_is_only_mentioned_is_no_helper(tree: Any, source: str) -> None:
-    tree.write("vllm.logger", source)
-    assert check_contract(tree.package).breaches == ("there is no vllm.logger.init_logger",)
+def test_a_name_that_is_only_mentioned_is_no_helper(sources: Any, source: str) -> None:
+    sources.write("vllm.logger", source)
+    assert check_contract(sources.package).breaches == ("there is no vllm.logger.init_logger",)
 
 
 CUSTOM_OP = "vllm.model_executor.custom_op"
@@ -347,9 +349,9 @@ CONSTRUCTION = {
 
 
 @pytest.mark.parametrize("edits", CONSTRUCTION.values(), ids=CONSTRUCTION)
-def test_another_way_of_making_a_layer_is_caught(tree: Any, edits: list[tuple[str, str]]) -> None:
-    tree.edit(CUSTOM_OP, *edits)
-    (breach,) = check_contract(tree.package).breaches
+def test_another_way_of_making_a_layer_is_caught(sources: Any, edits: list[tuple[str, str]]) -> None:
+    sources.edit(CUSTOM_OP, *edits)
+    (breach,) = check_contract(sources.package).breaches
     assert breach.startswith(f"{CUSTOM_OP}.PluggableLayer.__new__ does not look a layer's class up by its name")
 
 
@@ -396,9 +398,9 @@ ITSELF: dict[str, list[tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize("edits", ITSELF.values(), ids=ITSELF)
-def test_where_vllm_runs_them_together_itself_the_plugin_says_so(tree: Any, edits: list[tuple[str, str]]) -> None:
-    tree.edit(GDN, *edits)
-    contract = check_contract(tree.package)
+def test_where_vllm_runs_them_together_itself_the_plugin_says_so(sources: Any, edits: list[tuple[str, str]]) -> None:
+    sources.edit(GDN, *edits)
+    contract = check_contract(sources.package)
     assert contract.superseded
     assert not contract.holds
     assert "by itself: the plugin is not needed any more and stands down" in contract.reason
@@ -417,10 +419,10 @@ OTHER_OVERLAP = {
 
 
 @pytest.mark.parametrize("edits", OTHER_OVERLAP.values(), ids=OTHER_OVERLAP)
-def test_what_else_vllm_overlaps_does_not_make_the_plugin_needless(tree: Any, edits: list[tuple[str, str]]) -> None:
+def test_what_else_vllm_overlaps_does_not_make_the_plugin_needless(sources: Any, edits: list[tuple[str, str]]) -> None:
     """vLLM #50233 wants a second stream in this layer, for another purpose."""
-    tree.edit(GDN, *edits)
-    assert check_contract(tree.package).holds
+    sources.edit(GDN, *edits)
+    assert check_contract(sources.package).holds
 
 
 @pytest.mark.parametrize(
