@@ -8,10 +8,7 @@ from vllm_gdn_plugin.bench.engine.variants import STRATEGY
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.host import imports, layers, process
 from vllm_gdn_plugin.install import compile_factors, register
-from vllm_gdn_plugin.settings import PREFIX, read_settings
-
-BEFORE = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
-"""What the process was started with, for all engines."""
+from vllm_gdn_plugin.settings import read_settings
 
 
 def switch_plugin(variables: Mapping[str, str]) -> None:
@@ -20,10 +17,9 @@ def switch_plugin(variables: Mapping[str, str]) -> None:
     imports.stop_watching()
     process.withdraw_variables(compile_factors(read_settings()[0]))
     for module, name in GDN_CLASSES.items():
-        if stock := getattr(sys.modules.get(module), name, None):
-            layers.withdraw_from(stock)
-    for name in [name for name in os.environ if name.startswith(PREFIX)]:
-        del os.environ[name]
-    os.environ.update({**BEFORE, **variables})
+        if module in sys.modules:
+            layers.withdraw_from(getattr(sys.modules[module], name))
+    os.environ.pop(STRATEGY, None)
+    os.environ.update(variables)
     if STRATEGY in variables:
         register()

@@ -2,8 +2,8 @@
 
     python quickstart.py [--compiled]
 
-Needs vLLM and the plugin installed, no GPU and no download. Without a GPU the plugin's op computes
-both projections one after the other, so this shows that it works, not that it is faster. Exits with
+Needs vLLM and the plugin installed, no GPU and no download. Without a GPU the plugin computes both
+projections one after the other, so this shows that it works, not that it is faster. Exits with
 1 if the answers differ.
 """
 

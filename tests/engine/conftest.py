@@ -22,7 +22,7 @@ from serving import engine_env
 
 from vllm_gdn_plugin import report
 from vllm_gdn_plugin.bench.engine.server import end_group
-from vllm_gdn_plugin.host import LOGGER
+from vllm_gdn_plugin.host.process import LOGGER
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parents[1] / "examples"

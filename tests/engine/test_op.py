@@ -1,114 +1,125 @@
 """The ops in vLLM's and PyTorch's own terms: schema, fake, and what a compiled stack of layers is made of."""
 
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
-from itertools import cycle
+from itertools import cycle, pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_gdn_plugin.decide.plan import PADDED_TO
-
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="vllm isn't installed: run `python3.11 dev.py test`")
 
 HIDDEN, QKVZ, BA, TOKENS = 32, 48, 4, 5
-WIDE = 12344
-"""Outputs of an ``in_proj_qkvz`` that leave room for every padded way."""
+
+
+class Projection(torch.nn.Linear):  # type: ignore[misc,name-defined]
+    output_size_per_partition = property(lambda linear: linear.out_features)
+    input_size = property(lambda linear: linear.in_features)
+    quant_method = SimpleNamespace()
+
+    def forward(self, x: Any) -> Any:
+        return super().forward(x), None
 
 
 @pytest.fixture
-def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
-    """`layers(n, qkvz, ways)` makes n layers with plain linear projections, known to the forward context by name."""
-    import vllm_gdn_plugin.run.dual_stream  # noqa: F401
-    from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.run.fused import FusedProjections
-
-    class Projection(torch.nn.Linear):
-        output_size_per_partition = property(lambda linear: linear.out_features)
-        quant_method = SimpleNamespace(
-            apply=lambda layer, x: torch.nn.functional.linear(x, layer.weight),
-            process_weights_after_loading=lambda layer: None,
-        )
-
-        def forward(self, x: Any) -> Any:
-            return super().forward(x), None
+def layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]]]:
+    """`layers(n, plain_gemm=True)` makes n dual_stream layers, known to the forward context by their names."""
+    from vllm_gdn_plugin.run import dual_stream
+    from vllm_gdn_plugin.run.layer import Gdn
 
     known: dict[str, Any] = {}
+    monkeypatch.setattr(dual_stream, "layer_by_name", lambda name: known[getattr(name, "value", name)])
 
-    def layer_by_name(name: Any) -> Any:
-        return known[getattr(name, "value", name)]
-
-    monkeypatch.setattr(host, "layer_by_name", layer_by_name)
-
-    def make(count: int, qkvz_size: int = QKVZ, ways: Collection[str] = ()) -> list[str]:
+    def make(count: int, plain_gemm: bool = True) -> list[Any]:
         torch.manual_seed(0)
         for i in range(count):
-            qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (qkvz_size, BA))
+            qkvz, ba = (Projection(HIDDEN, n, bias=False).requires_grad_(False) for n in (QKVZ, BA))
             layer = SimpleNamespace(prefix=f"model.layers.{i}", in_proj_qkvz=qkvz, in_proj_ba=ba)
-            layer.gdn_safe_pair, layer.gdn_max_tokens, layer.gdn_tuned = True, 64, {}
-            layer.gdn_fused = FusedProjections(qkvz, ba, ways)
-            layer.gdn_padding = layer.gdn_fused.padding
+            layer.gdn = Gdn("dual_stream", plain_gemm=plain_gemm)
             known[layer.prefix] = layer
-        return list(known)
+        return list(known.values())
 
     yield make
     torch._dynamo.reset()
 
 
-def test_opcheck(layers: Callable[[int], list[str]]) -> None:
+def project(layer: Any, x: Any) -> Any:
+    from vllm_gdn_plugin.run.dual_stream import project_side_by_side
+
+    return project_side_by_side(layer, x)
+
+
+def serial(layer: Any, x: Any) -> Any:
+    return layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
+
+
+def arguments_of_join(layer: Any, x: Any, plain_gemm: bool = True) -> Any:
     from vllm.utils.torch_utils import _encode_layer_name
 
-    (name,) = layers(1)
+    weight = layer.in_proj_ba.weight.t() if plain_gemm else None
+    return x, torch.randn(x.shape[0], QKVZ), weight, BA, _encode_layer_name(layer.prefix)
+
+
+@pytest.mark.parametrize("plain_gemm", [True, False])
+def test_opcheck(layers: Callable[..., list[Any]], plain_gemm: bool) -> None:
+    (layer,) = layers(1)
     x = torch.randn(TOKENS, HIDDEN)
-    ops = torch.ops.vllm_gdn_plugin
-    torch.library.opcheck(ops.gdn_in_proj_fork.default, (x, _encode_layer_name(name)))
-    torch.library.opcheck(ops.gdn_in_proj_join.default, (x, torch.randn(TOKENS, QKVZ), BA, _encode_layer_name(name)))
-    padded = -(QKVZ + BA) % 16 + QKVZ + BA
-    torch.library.opcheck(ops.gdn_fused_in_proj.default, (x, padded, _encode_layer_name(name)))
-
-
-def test_opcheck_of_a_layer_that_is_padded(layers: Callable[..., list[str]]) -> None:
-    """Without the tests that compare results: the padding holds anything."""
-    from vllm.utils.torch_utils import _encode_layer_name
-
-    (name,) = layers(1, WIDE, PADDED_TO)
-    arguments = torch.randn(TOKENS, HIDDEN), 12800, _encode_layer_name(name)
-    op = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj.default
-    torch.library.opcheck(op, arguments, test_utils=["test_schema", "test_faketensor"])
+    ops, arguments = torch.ops.vllm_gdn_plugin, arguments_of_join(layer, x, plain_gemm)
+    torch.library.opcheck(ops.gdn_in_proj_fork.default, (x, arguments[-1]))
+    torch.library.opcheck(ops.gdn_in_proj_join.default, arguments)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 5, 64])
-def test_the_fake_foretells_shape_dtype_device_and_strides(layers: Callable[[int], list[str]], num_tokens: int) -> None:
+@pytest.mark.parametrize("plain_gemm", [True, False])
+def test_the_fake_foretells_shape_dtype_device_and_strides(
+    layers: Callable[..., list[Any]], num_tokens: int, plain_gemm: bool
+) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from vllm.utils.torch_utils import _encode_layer_name
 
-    (name,) = layers(1)
-    x, qkvz = torch.randn(num_tokens, HIDDEN), torch.randn(num_tokens, QKVZ)
+    (layer,) = layers(1)
+    arguments = arguments_of_join(layer, torch.randn(num_tokens, HIDDEN), plain_gemm)
     join = torch.ops.vllm_gdn_plugin.gdn_in_proj_join
-    one = join(x, qkvz, BA, _encode_layer_name(name))
+    one = join(*arguments)
     with FakeTensorMode() as mode:
-        other = join(mode.from_tensor(x), mode.from_tensor(qkvz), BA, _encode_layer_name(name))
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        other = join(*fakes)
     assert (one.shape, one.dtype, one.device, one.stride()) == (other.shape, other.dtype, other.device, other.stride())
 
 
-def test_the_outputs_alias_nothing(layers: Callable[[int], list[str]]) -> None:
-    (name,) = layers(1)
+@pytest.mark.parametrize("plain_gemm", [True, False])
+def test_the_projections_and_nothing_else(layers: Callable[..., list[Any]], plain_gemm: bool) -> None:
+    (layer,) = layers(1, plain_gemm)
     x = torch.randn(TOKENS, HIDDEN)
-    outputs = call("dual_stream", name, x)
-    assert len({t.untyped_storage().data_ptr() for t in (x, *outputs)}) == 3
+    outputs = project(layer, x)
+    assert all(torch.equal(one, other) for one, other in zip(outputs, serial(layer, x), strict=True))
+    assert len({t.untyped_storage().data_ptr() for t in (x, *outputs)}) == 3, "outputs alias nothing"
+
+
+def test_where_vllm_does_not_multiply_by_linear_its_own_module_is_called(layers: Callable[..., list[Any]]) -> None:
+    """A CPU that packs, and batch invariance."""
+    x = torch.randn(TOKENS, HIDDEN)
+    for plain_gemm in (True, False):
+        layer = layers(1, plain_gemm)[0]
+        called: list[bool] = []
+        layer.in_proj_ba.register_forward_hook(lambda *_, called=called: called.append(True))
+        project(layer, x)
+        assert bool(called) == (not plain_gemm)
+
+
+# As on a GPU that captures a graph
 
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
-    """`capturing()` has all calls from then on overlap, as on a GPU that captures a graph: what is done, in order."""
+    """`capturing()` has all calls from then on be captured, as on a GPU: what is done, in order."""
 
     def start() -> list[str]:
-        from vllm_gdn_plugin.run import dual_stream as op
+        from vllm_gdn_plugin.run import dual_stream
 
         done: list[str] = []
         names = cycle(("reached", "done"))
@@ -119,8 +130,8 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
                 record=lambda: done.append(f"{name}.record"), wait=lambda: done.append(f"{name}.wait")
             )
 
-        monkeypatch.setattr(op, "why_serial", lambda *args: None)
-        monkeypatch.setattr(op, "aux_stream", lambda: "the stream")
+        monkeypatch.setattr(dual_stream, "is_captured", lambda hidden_states: True)
+        monkeypatch.setattr(dual_stream, "aux_stream", lambda: "the stream")
         monkeypatch.setattr(torch.cuda, "Event", event)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -129,291 +140,179 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     return start
 
 
-FAULTS: dict[str, tuple[str, str, str]] = {
-    "why_serial": ("dual_stream", "vllm_gdn_plugin.run.dual_stream.why_serial", "dual_stream failed and runs serially"),
-    "the stream": ("dual_stream", "vllm_gdn_plugin.run.dual_stream.aux_stream", "dual_stream failed and runs serially"),
-    "the wait": ("dual_stream", "torch.cuda.stream", "dual_stream failed and runs serially"),
-    "the weights' place": ("fused", "vllm_gdn_plugin.run.fused._whereabouts", "a GDN layer goes back to serial"),
+OVERLAPPED = ["reached.record", "qkvz", "the stream", "reached.wait", "the stream", "ba", "done.record", "done.wait"]
+
+
+@pytest.mark.parametrize("ways", [{}, {TOKENS: "dual_stream"}, {TOKENS: "serial"}, {TOKENS + 1: "serial"}], ids=str)
+@pytest.mark.parametrize("breakable", [False, True])
+def test_overlapped_in_a_graph_unless_the_size_was_timed_as_slower_or_the_graph_may_break(
+    layers: Callable[..., list[Any]],
+    capturing: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    ways: dict[int, str],
+    breakable: bool,
+) -> None:
+    from vllm_gdn_plugin.run import dual_stream
+
+    layer = layers(1, plain_gemm=False)[0]
+    layer.gdn.ways = ways
+    monkeypatch.setattr(dual_stream, "breakable_capture", lambda: breakable)
+    done = capturing()
+    layer.in_proj_qkvz.register_forward_hook(lambda *_: done.append("qkvz"))
+    layer.in_proj_ba.register_forward_hook(lambda *_: done.append("ba"))
+    project(layer, torch.randn(TOKENS, HIDDEN))
+    assert done == (["qkvz", "ba"] if breakable or "serial" in ways.values() else OVERLAPPED)
+
+
+def test_a_batch_that_fills_the_gpu_is_not_overlapped(
+    layers: Callable[..., list[Any]], capturing: Callable[[], list[str]]
+) -> None:
+    from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS
+
+    layer = layers(1)[0]
+    done = capturing()
+    project(layer, torch.randn(MOST_TOKENS + 1, HIDDEN))
+    assert done == []
+    project(layer, torch.randn(MOST_TOKENS, HIDDEN))
+    assert "done.wait" in done
+
+
+FAULTS = {
+    "the lookup of its size": "vllm_gdn_plugin.run.layer.Gdn.overlaps",
+    "the stream": "vllm_gdn_plugin.run.dual_stream.aux_stream",
+    "the wait": "torch.cuda.stream",
 }
-"""A step of the plugin inside an op: the strategy, what fails, what is said."""
-
-
-def call(strategy: str, name: str, x: Any) -> Any:
-    """Both projections by the ops, without fused's padding."""
-    from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.run.layer import project_in_one, project_side_by_side
-
-    project = project_side_by_side if strategy == "dual_stream" else project_in_one
-    return project(host.layer_by_name(name), x)
+"""A step of the plugin inside an op."""
 
 
 @pytest.mark.parametrize("good_calls", [0, 3], ids=["first call", "later call"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_ours_in_an_op_is_serial_and_said_once(
-    layers: Callable[[int], list[str]],
+    layers: Callable[..., list[Any]],
     warnings: list[str],
-    fault: str,
-    good_calls: int,
     capturing: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
+    fault: str,
+    good_calls: int,
 ) -> None:
-    from vllm_gdn_plugin.run import dual_stream as op
-
-    strategy, step, said = FAULTS[fault]
-    names = layers(2)
-    known = [op.host.layer_by_name(name) for name in names]
-    if fault in ("the stream", "the wait"):  # which come up only while a graph is captured
-        capturing()
+    known = layers(2)
+    capturing()
     x = torch.randn(TOKENS, HIDDEN)
-    for name in names[:good_calls]:
-        call(strategy, name, x)
+    for layer in known[:good_calls]:
+        project(layer, x)
+    assert warnings == []
 
     def fail(*args: Any) -> Any:
         raise ZeroDivisionError(f"planted\n{len(calls)}")
 
-    calls: list[str] = []
-    monkeypatch.setattr(step, fail)
-    for _ in range(3):
-        for name, layer in zip(names, known, strict=True):
-            calls.append(name)
-            want = (layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0])
-            for one, other in zip(call(strategy, name, x), want, strict=True):
-                assert torch.equal(one, other)
+    calls: list[Any] = []
+    monkeypatch.setattr(FAULTS[fault], fail)
+    for layer in (*known, *known):
+        calls.append(layer)
+        for one, other in zip(project(layer, x), serial(layer, x), strict=True):
+            assert torch.equal(one, other)
     (line,) = warnings
-    assert said in line
-    assert line.endswith("unexpected ZeroDivisionError: planted 1")
-
-
-@pytest.mark.parametrize("tuned", ["fused", "dual_stream", "serial", None])
-@pytest.mark.parametrize("capturing", [False, True])
-def test_a_fused_layer_takes_two_gemms_only_in_a_graph_of_a_size_that_was_timed_so(
-    layers: Callable[[int], list[str]], capturing: bool, tuned: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm_gdn_plugin.run import dual_stream as op
-
-    (name,) = layers(1)
-    layer = op.host.layer_by_name(name)
-    layer.gdn_tuned = {TOKENS: tuned} if tuned else {TOKENS + 1: "serial"}
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    x = torch.randn(TOKENS, HIDDEN)
-    want = (layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0])
-    apart: list[bool] = []
-    project = op.project_fused_apart
-    monkeypatch.setattr(op, "project_fused_apart", lambda *call: apart.append(True) or project(*call))
-    for one, other in zip(call("fused", name, x), want, strict=True):
-        torch.testing.assert_close(one, other)
-    assert bool(apart) == (capturing and tuned in ("dual_stream", "serial"))
-    layer.in_proj_ba.weight.data = layer.in_proj_ba.weight.data * 2
-    for one, other in zip(call("fused", name, x), (want[0], want[1] * 2), strict=True):
-        torch.testing.assert_close(one, other)
-
-
-@pytest.mark.parametrize("tuned", ["fused", *PADDED_TO, "serial", None])
-@pytest.mark.parametrize("capturing", [False, True])
-def test_a_padded_gemm_is_run_only_in_a_graph_of_a_size_that_was_timed_so(
-    layers: Callable[..., list[str]], capturing: bool, tuned: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The result is as wide in each case: it is one graph that vLLM compiles."""
-    from vllm.utils.torch_utils import _encode_layer_name
-
-    from vllm_gdn_plugin.run import dual_stream as op
-    from vllm_gdn_plugin.run.fused import FusedProjections
-
-    (name,) = layers(1, WIDE, PADDED_TO)
-    layer = op.host.layer_by_name(name)
-    layer.gdn_tuned = {TOKENS: tuned} if tuned else {TOKENS + 1: "fused_to_128"}
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    ran: list[str] = []
-    apply = FusedProjections.apply
-    monkeypatch.setattr(
-        FusedProjections, "apply", lambda fused, x, way="fused": ran.append(way) or apply(fused, x, way)
-    )
-    x = torch.randn(TOKENS, HIDDEN)
-    width = WIDE + BA + layer.gdn_fused.padding
-    both = torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(x, width, _encode_layer_name(name))
-    assert both.shape == (TOKENS, width) == (TOKENS, 12800)
-    taken = tuned if capturing and tuned else "fused"
-    assert ran == ([] if taken == "serial" else [taken])
-    want = torch.cat([layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]], -1)
-    torch.testing.assert_close(both[:, : WIDE + BA], want)
-
-
-@pytest.mark.parametrize("tuned", [{TOKENS: "serial"}, {TOKENS: "dual_stream"}, {TOKENS + 1: "serial"}, {}], ids=str)
-def test_side_by_side_unless_this_very_size_was_timed_as_slower(
-    layers: Callable[[int], list[str]], tuned: dict[int, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm_gdn_plugin.decide.scratch import StaysSerial
-    from vllm_gdn_plugin.run import dual_stream as op
-
-    (name,) = layers(1)
-    layer = op.host.layer_by_name(name)
-    layer.gdn_tuned = tuned
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    on_a_gpu: Any = SimpleNamespace(is_cuda=True, size=torch.empty(TOKENS, HIDDEN).size)
-    slower = tuned.get(TOKENS) == "serial"
-    assert op.why_serial(layer, on_a_gpu) is (StaysSerial.TIMED_SLOWER if slower else None)
-
-
-@pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Stands in for the module of the narrow kernel, which needs Triton: its results are twice what they should be."""
-    import vllm_gdn_plugin
-
-    module = SimpleNamespace(linear=lambda x, weight: 2 * torch.nn.functional.linear(x, weight))
-    monkeypatch.setattr(vllm_gdn_plugin, "narrow", module, raising=False)
-    return module
-
-
-@pytest.mark.parametrize("runs", [True, False])
-@pytest.mark.parametrize("overlaps", [True, False])
-@pytest.mark.parametrize("tuned", [{TOKENS: "narrow_kernel"}, {TOKENS: "dual_stream"}, {TOKENS + 1: "narrow_kernel"}])
-def test_the_narrow_kernel_is_taken_where_it_was_timed_as_faster_and_the_call_overlaps(
-    layers: Callable[[int], list[str]],
-    narrow: Any,
-    tuned: dict[int, str],
-    overlaps: bool,
-    runs: bool,
-    capturing: Callable[[], list[str]],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """``in_proj_ba`` is enqueued on the auxiliary stream, after ``in_proj_qkvz``, and fork and join are around both."""
-    from vllm_gdn_plugin.run import dual_stream as op
-
-    (name,) = layers(1)
-    layer = op.host.layer_by_name(name)
-    layer.gdn_tuned = tuned
-    if not runs:
-        monkeypatch.setattr(narrow, "linear", lambda x, weight: int("no"))
-    x = torch.randn(TOKENS, HIDDEN)
-    want = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
-    done = capturing() if overlaps else []
-    for linear in ("qkvz", "ba"):
-        getattr(layer, f"in_proj_{linear}").register_forward_hook(lambda *args, linear=linear: done.append(linear))
-    qkvz, ba = call("dual_stream", name, x)
-    taken = overlaps and tuned.get(TOKENS) == "narrow_kernel"
-    assert torch.equal(qkvz, want[0])
-    assert torch.equal(ba, 2 * want[1] if taken and runs else want[1])
-    inside = [] if taken and runs else ["ba"]
-    on_two_streams = ["the stream", "reached.wait", "the stream", *inside, "done.record", "done.wait"]
-    assert done == (["reached.record", "qkvz", *on_two_streams] if overlaps else ["qkvz", "ba"])
-
-
-def test_a_narrow_kernel_that_fails_is_replaced_by_the_projection_and_said_once(
-    layers: Callable[[int], list[str]], warnings: list[str], narrow: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm_gdn_plugin.run import dual_stream as op
-
-    (name,) = layers(1)
-    layer = op.host.layer_by_name(name)
-    x = torch.randn(TOKENS, HIDDEN)
-
-    def fail(*args: Any) -> Any:
-        raise ZeroDivisionError("planted")
-
-    monkeypatch.setattr(narrow, "linear", fail)
-    for _ in range(3):
-        assert torch.equal(op.project_ba_narrow_or_not(layer, x), layer.in_proj_ba(x)[0])
-    (line,) = warnings
-    assert line.endswith("narrow_kernel failed and is left out: unexpected ZeroDivisionError: planted")
+    assert line.endswith("dual_stream runs serially in a CUDA graph: unexpected ZeroDivisionError: planted 1")
 
 
 @pytest.mark.parametrize("projection", ["in_proj_qkvz", "in_proj_ba"])
-@pytest.mark.parametrize(
-    ("strategy", "fault"),
-    [("dual_stream", None), ("dual_stream", "why_serial"), ("fused", None), ("fused", "the weights' place")],
-)
+@pytest.mark.parametrize("captured", [False, True])
 def test_what_a_projection_raises_is_the_host_s(
-    layers: Callable[[int], list[str]], warnings: list[str], strategy: str, fault: str | None, projection: str
+    layers: Callable[..., list[Any]],
+    warnings: list[str],
+    capturing: Callable[[], list[str]],
+    captured: bool,
+    projection: str,
 ) -> None:
-    """The very error, also where a step of ours fails besides; the next call is right again."""
-    from vllm_gdn_plugin.run import dual_stream as op
-
-    (name,) = layers(1)
-    linear = getattr(op.host.layer_by_name(name), projection)
-    # fused computes both projections with the linear method of in_proj_qkvz
-    owner, step = (linear.quant_method, "apply") if (strategy, fault) == ("fused", None) else (linear, "forward")
+    """The very error; the next call is right again."""
+    layer = layers(1, plain_gemm=False)[0]
     error = torch.OutOfMemoryError("planted by the test")
     x = torch.randn(TOKENS, HIDDEN)
-    want = call(strategy, name, x)
+    if captured:
+        capturing()
 
     def run_out(*args: Any) -> Any:
         raise error
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, step, run_out)
-        if fault is not None:
-            patch.setattr(FAULTS[fault][1], lambda *args: 1 / 0)
+        patch.setattr(getattr(layer, projection), "forward", run_out)
         with pytest.raises(torch.OutOfMemoryError) as caught:
-            call(strategy, name, x)
+            project(layer, x)
     assert caught.value is error
-    assert len(warnings) == (fault is not None)
-    for one, other in zip(call(strategy, name, x), want, strict=True):
-        torch.testing.assert_close(one, other)
+    for one, other in zip(project(layer, x), serial(layer, x), strict=True):
+        assert torch.equal(one, other)
+    assert warnings == []
 
 
-def test_an_error_of_the_projection_passes_through(layers: Callable[[int], list[str]]) -> None:
-    (name,) = layers(1)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        call("dual_stream", name, torch.randn(TOKENS, HIDDEN + 1))
-
-
-IN_VAIN: dict[str, Callable[[Any, Any, Any, Any], Any]] = {
-    "no fork": lambda fork, join, names, x: join(names[0], x),
-    "a copy": lambda fork, join, names, x: (fork(names[0], x), join(names[0], x.clone())),
-    "another layer": lambda fork, join, names, x: (fork(names[1], x), join(names[0], x)),
-    "joined before": lambda fork, join, names, x: (fork(names[0], x), join(names[0], x), join(names[0], x)),
-    "another thread": lambda fork, join, names, x: (
-        ThreadPoolExecutor(1).submit(fork, names[0], x).result(),
-        join(names[0], x),
-    ),
+IN_VAIN: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "no fork": lambda fork, join, x: join(x),
+    "a copy": lambda fork, join, x: (fork(x), join(x.clone())),
+    "joined before": lambda fork, join, x: (fork(x), join(x), join(x)),
+    "another thread": lambda fork, join, x: (ThreadPoolExecutor(1).submit(fork, x).result(), join(x)),
 }
 
 
 @pytest.mark.parametrize("case", IN_VAIN)
 def test_a_join_without_its_fork_runs_serially(
-    layers: Callable[[int], list[str]], warnings: list[str], capturing: Callable[[], list[str]], case: str
+    layers: Callable[..., list[Any]], warnings: list[str], capturing: Callable[[], list[str]], case: str
 ) -> None:
     """Its ``hidden_states`` may be newer than what was there at the fork."""
-    from vllm.utils.torch_utils import _encode_layer_name
-
-    ops, names = torch.ops.vllm_gdn_plugin, layers(2)
-    x, qkvz = torch.randn(TOKENS, HIDDEN), torch.randn(TOKENS, QKVZ)
-    want = call("dual_stream", names[0], x)[1]
+    ops, layer = torch.ops.vllm_gdn_plugin, layers(1)[0]
+    x = torch.randn(TOKENS, HIDDEN)
+    want = serial(layer, x)[1]
     done = capturing()
 
-    def fork(name: str, hidden_states: Any) -> None:
-        ops.gdn_in_proj_fork(hidden_states, _encode_layer_name(name))
+    def fork(hidden_states: Any) -> None:
+        ops.gdn_in_proj_fork(hidden_states, arguments_of_join(layer, x)[-1])
 
-    def join(name: str, hidden_states: Any) -> None:
+    def join(hidden_states: Any) -> None:
         done.clear()
-        assert torch.equal(ops.gdn_in_proj_join(hidden_states, qkvz, BA, _encode_layer_name(name)), want)
+        assert torch.equal(ops.gdn_in_proj_join(*arguments_of_join(layer, hidden_states)), want)
 
-    fork(names[0], x)
-    join(names[0], x)
+    fork(x)
+    join(x)
     assert "done.wait" in done
-    IN_VAIN[case](fork, join, names, x)
+    IN_VAIN[case](fork, join, x)
     assert done == []
     said = ["dual_stream runs serially in a CUDA graph: the compiler gave a join not what its fork was given"]
-    assert [line[line.index("dual") :] for line in warnings] == (said if case in ("a copy", "another layer") else [])
+    assert [line[line.index("dual") :] for line in warnings] == (said if case == "a copy" else [])
 
 
 def test_a_fork_of_another_graph_is_not_waited_for(
-    layers: Callable[[int], list[str]],
+    layers: Callable[..., list[Any]],
     warnings: list[str],
     capturing: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The auxiliary stream is then in no capture: what ran there would run once, and never with the graph."""
-    (name,) = layers(1)
+    layer = layers(1)[0]
     x = torch.randn(TOKENS, HIDDEN)
-    want = call("dual_stream", name, x)
     done = capturing()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    for one, other in zip(call("dual_stream", name, x), want, strict=True):
+    for one, other in zip(project(layer, x), serial(layer, x), strict=True):
         assert torch.equal(one, other)
     assert done == ["reached.record", "the stream", "reached.wait"]
     (line,) = warnings
     assert line.endswith("the fork is not in the CUDA graph that is being captured")
+
+
+# Compiled
+
+
+@pytest.fixture
+def compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Inductor has made of each graph when nothing but the generation of code is left to do."""
+    from torch._inductor import compile_fx
+
+    graphs: list[Any] = []
+    passes = compile_fx.post_grad_passes
+
+    def noting(graph: Any, *args: Any, **kwargs: Any) -> None:
+        passes(graph, *args, **kwargs)
+        graphs.append(graph)
+
+    monkeypatch.setattr(compile_fx, "post_grad_passes", noting)
+    return graphs
 
 
 wide_calls: list[str] = []
@@ -430,22 +329,19 @@ wide.register_fake(lambda x, weight: x.new_empty((x.shape[0], weight.shape[0])))
 
 
 @pytest.mark.parametrize("v2", [True, False], ids=["functionalization v2", "v1, which vLLM takes"])
-@pytest.mark.parametrize("blocks", [2, 3])
 def test_the_compiler_leaves_each_projection_between_fork_and_join(
-    layers: Callable[[int], list[str]],
+    layers: Callable[..., list[Any]],
     capturing: Callable[[], list[str]],
-    blocks: int,
+    compiled_graphs: list[Any],
     v2: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the join gets the very buffer that the fork was given, with norms before and products after, in buffers of
-    the same size, which could be put in its place."""
+    the same size, which could be put in its place. Though the fork's schema says that it changes ``hidden_states``, no
+    copy of it is made."""
     from torch._inductor.utils import fresh_cache
 
-    from vllm_gdn_plugin.run import dual_stream as op
-    from vllm_gdn_plugin.run.layer import project_side_by_side
-
-    known = [op.host.layer_by_name(name) for name in layers(blocks)]
+    known = layers(2)
     for layer in known:
         layer.in_proj_qkvz.forward = lambda x, weight=layer.in_proj_qkvz.weight: (wide(x, weight), None)
     mix = [torch.randn(HIDDEN, HIDDEN) for _ in known]
@@ -453,7 +349,7 @@ def test_the_compiler_leaves_each_projection_between_fork_and_join(
     def stack(x: Any) -> Any:
         for layer, weight in zip(known, mix, strict=True):
             h = (x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-            qkvz, ba = project_side_by_side(layer, h)
+            qkvz, ba = project(layer, h)
             x = x + torch.tanh(qkvz[:, :HIDDEN] * ba.sum(-1, keepdim=True)) @ weight
         return x
 
@@ -468,18 +364,17 @@ def test_the_compiler_leaves_each_projection_between_fork_and_join(
             done.clear()
             got = compiled(torch.cat([x, x])[:tokens])
             torch.testing.assert_close(got[:TOKENS], want)
-            once = ["reached.record", "qkvz", "the stream", "reached.wait", "the stream", "done.record", "done.wait"]
-            assert done == blocks * once
+            assert done == 2 * [step for step in OVERLAPPED if step != "ba"]
+    nodes = [node for graph in compiled_graphs for node in graph.graph.nodes if node.op == "call_function"]
+    forks = [node for node in nodes if node.target == torch.ops.vllm_gdn_plugin.gdn_in_proj_fork.default]
+    assert len(forks) == 2
+    assert not [node for node in nodes if "clone" in str(node.target) or "copy" in str(node.target)]
 
 
-def test_the_join_depends_on_both_that_must_come_before(layers: Callable[[int], list[str]]) -> None:
+def test_the_join_depends_on_both_that_must_come_before(layers: Callable[..., list[Any]]) -> None:
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from vllm_gdn_plugin.run import dual_stream as op
-    from vllm_gdn_plugin.run.layer import project_side_by_side
-
-    (name,) = layers(1)
-    graph = make_fx(partial(project_side_by_side, op.host.layer_by_name(name)))(torch.randn(TOKENS, HIDDEN)).graph
+    graph = make_fx(partial(project, layers(1)[0]))(torch.randn(TOKENS, HIDDEN)).graph
     (hidden_states,) = graph.find_nodes(op="placeholder")
     qkvz, ba = graph.output_node().args[0]
     assert ba.target == torch.ops.vllm_gdn_plugin.gdn_in_proj_join.default
@@ -498,8 +393,8 @@ def attention(x: torch.Tensor) -> torch.Tensor:
 attention.register_fake(torch.empty_like)
 
 
-def distinct_pieces(known: list[Any], encode: Callable[[str], Any]) -> int:
-    """How many different pieces vLLM's graph splitting leaves of a stack of layers whose names are encoded so.
+def distinct_pieces(known: list[Any]) -> int:
+    """How many different pieces vLLM's graph splitting leaves of a stack of these layers.
 
     Like vLLM's piecewise compilation, where attention ends each piece; two pieces count as one when their code is
     the same, constants included, because then they share an artifact.
@@ -510,7 +405,7 @@ def distinct_pieces(known: list[Any], encode: Callable[[str], Any]) -> int:
 
     def stack(x: Any) -> Any:
         for layer in known:
-            qkvz, ba = layer_module.project_side_by_side(layer, x)
+            qkvz, ba = serial(layer_module.project(layer, x), x)
             x = attention(qkvz[:, :HIDDEN] + ba.sum(-1, keepdim=True))
         return x
 
@@ -528,22 +423,34 @@ def distinct_pieces(known: list[Any], encode: Callable[[str], Any]) -> int:
         return graph.forward
 
     torch._dynamo.reset()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_module, "_encode_layer_name", encode)
-        torch.compile(stack, backend=backend, fullgraph=True)(torch.randn(TOKENS, HIDDEN))
+    torch.compile(stack, backend=backend, fullgraph=True)(torch.randn(TOKENS, HIDDEN))
     return len(pieces)
 
 
-def test_layers_share_their_artifacts(layers: Callable[[int], list[str]]) -> None:
-    """Constant in the number of layers with a LayerName, growing with a string: the regression of vLLM #36795."""
-    from vllm.utils.torch_utils import _encode_layer_name
+@pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
+def test_layers_share_their_artifacts(layers: Callable[..., list[Any]], strategy: str) -> None:
+    from vllm_gdn_plugin.run.fused import FusedWeight
 
-    from vllm_gdn_plugin.run import dual_stream as op
+    known = layers(8)
+    for layer in known:
+        layer.gdn.strategy = strategy
+        if strategy == "fused":
+            layer.gdn.fused = FusedWeight(layer.in_proj_qkvz, layer.in_proj_ba, QKVZ + BA)
+    assert distinct_pieces(known[:4]) == distinct_pieces(known)
 
-    known = [op.host.layer_by_name(name) for name in layers(8)]
-    counts = {n: [distinct_pieces(known[:n], encode) for encode in (_encode_layer_name, str)] for n in (4, 8)}
-    assert counts[4][0] == counts[8][0]
-    assert counts[8][1] - counts[4][1] == 4
+
+def test_a_name_that_is_a_string_would_make_an_artifact_for_each_layer(
+    layers: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The regression of vLLM #36795, which shows that what is counted above can grow."""
+    from vllm_gdn_plugin.run import dual_stream
+
+    monkeypatch.setattr(dual_stream, "_encode_layer_name", str)
+    known = layers(8)
+    assert distinct_pieces(known) - distinct_pieces(known[:4]) == 4
+
+
+# What is timed
 
 
 class Stopwatch:
@@ -560,72 +467,80 @@ class Stopwatch:
 
 @pytest.fixture
 def timing(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module that times, on a CPU."""
-    from vllm_gdn_plugin.tune import ways
+    """The module that says what there is to time, on a CPU; nothing is kept."""
+    from vllm_gdn_plugin.run import timing
+    from vllm_gdn_plugin.tune import settle, timer
 
-    monkeypatch.setattr(ways, "CudaTimer", Stopwatch)
+    for module in (timing, timer):
+        monkeypatch.setattr(module, "CudaTimer", Stopwatch)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
-    monkeypatch.setattr(ways.host, "unchanged_stream", nullcontext)
-    for name in ("prepare_aux_stream", "release_workspaces"):
-        monkeypatch.setattr(ways.host, name, lambda: None)
-    return ways
+    monkeypatch.setattr(timer, "unchanged_stream", nullcontext)
+    monkeypatch.setattr(timer, "release_workspaces", lambda: None)
+    monkeypatch.setattr(timing, "prepare_aux_stream", lambda: None)
+    monkeypatch.setattr(settle, "gpu", lambda: "a GPU")
+    monkeypatch.setattr(settle, "recall", lambda case, directory: {})
+    monkeypatch.setattr(settle, "keep", lambda case, times, directory: None)
+    monkeypatch.setattr(torch, "empty", lambda *size, empty=torch.empty, **how: empty(*size, **how | {"device": "cpu"}))
+    return timing
 
 
-def case_planned(strategy: str) -> Any:
-    from vllm_gdn_plugin.decide.plan import ProjectionFacts
-    from vllm_gdn_plugin.tune.times import Case
+def facts() -> Any:
+    from vllm_gdn_plugin.decide.plan import LayerFacts, ProjectionFacts
 
     one = ProjectionFacts("UnquantizedLinearMethod", "float32", 1)
-    return Case("a GPU", "", "", "", "", HIDDEN, one, one, "", False, (strategy, "serial"))
+    return LayerFacts("cuda", one, one, "float32")
 
 
-@pytest.mark.parametrize(("planned", "turns"), [("dual_stream", 16), ("fused", 8)])
-def test_what_is_timed_is_as_many_layers_as_a_graph_needs_each_at_other_addresses(
-    layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch, planned: str, turns: int
+@pytest.mark.parametrize(("count", "fills", "turns"), [(6, 1, 16), (12, 10, 16), (20, 100, 20)])
+def test_as_many_layers_are_timed_as_a_graph_needs_and_a_large_cache_does_not_hold_neighbours_apart(
+    layers: Callable[..., list[Any]],
+    timing: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    fills: int,
+    turns: int,
 ) -> None:
-    from vllm_gdn_plugin.run import dual_stream as op
-
-    made = [op.host.layer_by_name(name) for name in layers(6)]
-    ran: list[tuple[Any, int]] = []
-
-    def record(layer: Any, hidden_states: torch.Tensor) -> None:
-        ran.append((layer, torch.empty_like(hidden_states, dtype=torch.uint8).data_ptr()))
-
-    monkeypatch.setitem(timing.WAYS, planned, {planned: record, "serial": lambda layer, x: None})
-    times = timing.timed(made, case_planned(planned), [4, 64])
-    assert times == {tokens: {planned: 256 / turns, "serial": 256 / turns} for tokens in (4, 64)}
-    assert len(ran) == 2 * turns
-    for graph in (ran[:turns], ran[turns:]):
-        assert [layer for layer, _ in graph] == turns // 4 * [made[n] for n in (0, 2, 1, 3)], (
-            "in turn, neighbours apart"
-        )
-        addresses = {address for _, address in graph}
-        assert len(addresses) > turns // 2, "a CPU's malloc may give one out again before all are used"
-
-
-@pytest.mark.parametrize(("count", "fills", "turns"), [(12, 10, 10), (12, 100, 12), (20, 100, 16), (2, 100, 8)])
-def test_so_many_layers_are_timed_that_a_large_cache_does_not_hold_them(
-    layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch, count: int, fills: int, turns: int
-) -> None:
-    from vllm_gdn_plugin.run import dual_stream as op
-
-    made = [op.host.layer_by_name(name) for name in layers(count)]
+    made = layers(count)
     size = made[0].in_proj_qkvz.weight.nbytes
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=fills * size // 4)
-    )
+    cache = SimpleNamespace(L2_cache_size=fills * size // timing.CACHE_FILLS)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
     ran: list[Any] = []
-    monkeypatch.setitem(timing.WAYS, "fused", {"fused": lambda layer, x: ran.append(layer), "serial": lambda *_: None})
-    timing.timed(made, case_planned("fused"), [4])
+    ways = {"dual_stream": lambda layer, x: ran.append(layer), "serial": lambda layer, x: None}
+    monkeypatch.setattr(timing, "WAYS", ways)
+    chosen, phrase = timing.ways_of(made, made, facts(), [4, 2048])
+    assert chosen == {4: "dual_stream"}
+    assert phrase.startswith("dual_stream at 4 tokens (timed in ")
     assert len(ran) == turns
-    assert {id(layer) for layer in ran} == {id(layer) for layer in made[:turns]}
+    different = min(count, max(2, fills))
+    assert len({id(layer) for layer in ran}) == different
+    neighbours = [abs(made.index(one) - made.index(other)) for one, other in pairwise(ran)]
+    assert different == 2 or neighbours.count(1) <= turns // different
+
+
+@pytest.mark.parametrize(("times", "rows"), [((5.0, 4.0, 6.0), 12416), ((4.0, 4.0, 4.0), 12352)])
+def test_the_rows_of_a_weight_are_those_timed_as_fastest(
+    timing: Any, monkeypatch: pytest.MonkeyPatch, times: tuple[float, ...], rows: int
+) -> None:
+    from vllm_gdn_plugin.run.fused import rows_to_choose_from
+
+    outputs, hidden = 12344, 8
+    candidates = rows_to_choose_from(outputs, hidden * 4)
+    assert candidates == [12352, 12416, 12544, 12800]
+
+    def measure(timer: Any, prepared: dict[str, Any], rounds: int, warm_up: int) -> dict[str, list[float]]:
+        return {way: [each] * rounds for way, each in zip(prepared, (*times, 9.0), strict=True)}
+
+    monkeypatch.setattr(Stopwatch, "measure", measure)
+    like = torch.empty(outputs, hidden)
+    assert timing.rows_of(like, outputs, [1, 2, 3, 4, 512]) == rows
+    assert timing.rows_of(like, outputs, []) == candidates[0], "as few as possible where nothing may be timed"
 
 
 def test_timing_that_fails_gives_back_its_memory(
-    layers: Callable[[int], list[str]], timing: Any, monkeypatch: pytest.MonkeyPatch
+    layers: Callable[..., list[Any]], timing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm_gdn_plugin.run import dual_stream as op
+    from vllm_gdn_plugin.tune import timer
 
     class Graph:
         """What is captured, and takes memory as long as anything refers to it."""
@@ -643,8 +558,8 @@ def test_timing_that_fails_gives_back_its_memory(
 
     monkeypatch.setattr(Stopwatch, "prepare", prepare)
     monkeypatch.setattr(Stopwatch, "measure", measure)
-    monkeypatch.setattr(timing.host, "release_workspaces", lambda: held.extend(graph() is not None for graph in graphs))
-    made = [op.host.layer_by_name(name) for name in layers(2)]
+    monkeypatch.setattr(timer, "release_workspaces", lambda: held.extend(graph() is not None for graph in graphs))
+    made = layers(2)
     with pytest.raises(ZeroDivisionError, match="planted"):
-        timing.timed(made, case_planned("dual_stream"), [4])
+        timing.ways_of(made, made, facts(), [4])
     assert held == [False, False]

@@ -68,9 +68,7 @@ def make_layer(vllm_config: Any) -> Iterator[Callable[..., Layer]]:
         built.quant_method.process_weights_after_loading(built)
         return built
 
-    def make(
-        shape: tuple[int, int, int], dtype: Any = None, quant_config: Any = None, max_tokens: int = 1 << 20
-    ) -> Layer:
+    def make(shape: tuple[int, int, int], dtype: Any = None, quant_config: Any = None) -> Layer:
         dtype = dtype or torch.bfloat16
         name = f"layer.{len(made)}"
         hidden, qkvz, ba = shape
@@ -78,7 +76,6 @@ def make_layer(vllm_config: Any) -> Iterator[Callable[..., Layer]]:
             name,
             linear(hidden, qkvz, dtype, quant_config, f"{name}.in_proj_qkvz"),
             linear(hidden, ba, dtype, None, f"{name}.in_proj_ba"),
-            max_tokens,
         )
         known[name] = layer
         made.append(name)

@@ -15,15 +15,15 @@ TOKENS = (1, 2, 3, 4, 7, 8, 16, 31, 32, 64, 128, 200, 256, 512, 1024, 2048, 4096
 
 
 class Layer:
-    """What the ops ask of a GDN layer: its two projections, their facts, and a name."""
+    """What the plugin asks of a GDN layer: its two projections, a name, and what it keeps there itself."""
 
-    def __init__(self, name: str, qkvz: Any, ba: Any, max_tokens: int) -> None:
+    def __init__(self, name: str, qkvz: Any, ba: Any) -> None:
+        from vllm_gdn_plugin.run.layer import Gdn
+
         self.prefix = name
         self.in_proj_qkvz = qkvz
         self.in_proj_ba = ba
-        self.gdn_max_tokens = max_tokens
-        self.gdn_safe_pair = True
-        self.gdn_tuned: dict[int, str] = {}
+        self.gdn = Gdn("dual_stream", plain_gemm=True)
 
 
 def fill(parameter: Any, hidden: int) -> None:

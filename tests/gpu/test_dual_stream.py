@@ -1,4 +1,4 @@
-"""The op on a GPU: bit-equal to the serial projections, eager and in CUDA graphs, on the streams it says."""
+"""The ops on a GPU: bit-equal to the serial projections, eager and in CUDA graphs, on the streams it says."""
 
 import gc
 import random
@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 from gpu_layers import SHAPES, TOKENS
-
-from vllm_gdn_plugin.decide.plan import NARROW_KERNEL
 
 
 def quantized(name: str) -> Any:
@@ -42,7 +40,7 @@ def context(vllm_config: Any) -> AbstractContextManager[None]:
 
 def op(layer: Any, hidden_states: Any) -> Any:
     """Both projections, as the plugin's layer has them computed."""
-    from vllm_gdn_plugin.run.layer import project_side_by_side
+    from vllm_gdn_plugin.run.dual_stream import project_side_by_side
 
     return project_side_by_side(layer, hidden_states)
 
@@ -101,87 +99,100 @@ def test_bit_equal_to_serial_eager_and_captured(
                 assert same_bits(outputs, reference), f"captured, {num_tokens} tokens"
 
 
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """On which stream each `in_proj_ba` is enqueued from now on."""
+    import torch
+
+    from vllm_gdn_plugin.run import dual_stream
+
+    seen: list[Any] = []
+    join = dual_stream.join
+
+    def watched(forked: Any, work: Callable[[], Any]) -> Any:
+        def noting() -> Any:
+            seen.append(torch.cuda.current_stream())
+            return work()
+
+        return join(forked, noting)
+
+    monkeypatch.setattr(dual_stream, "join", watched)
+    return seen
+
+
+@pytest.mark.parametrize("plain_gemm", [True, False])
 def test_forks_to_the_auxiliary_stream_and_joins_only_while_capturing(
-    vllm_config: Any, make_layer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    vllm_config: Any, make_layer: Callable[..., Any], streams: list[Any], plain_gemm: bool
 ) -> None:
     import torch
     from vllm.utils.torch_utils import aux_stream
 
-    layer = make_layer(SHAPES["9B"], max_tokens=64)
-    seen: dict[str, Any] = {}
-    for name in ("in_proj_qkvz", "in_proj_ba"):
-        projection = getattr(layer, name)
+    from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS
 
-        def spy(x: Any, name: str = name, projection: Any = projection) -> Any:
-            seen[name] = torch.cuda.current_stream()
-            return projection(x)
+    layer = make_layer(SHAPES["9B"])
+    layer.gdn.plain_gemm = plain_gemm
+    layer.gdn.ways = {8: "dual_stream", 16: "serial", 64: "dual_stream"}
 
-        monkeypatch.setattr(layer, name, spy)
-        spy.output_size_per_partition = projection.output_size_per_partition  # type: ignore[attr-defined]
-
-    def streams(num_tokens: int, captured: bool) -> tuple[bool, bool]:
-        """(in_proj_qkvz on the current stream, in_proj_ba on the auxiliary one)"""
+    def on_the_auxiliary_stream(num_tokens: int, captured: bool) -> bool:
         x = torch.randn(num_tokens, 4096, device="cuda", dtype=torch.bfloat16)
         here = torch.cuda.Stream()
         here.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(here):
             op(layer, x)
+            assert streams.pop() == here
             if captured:
                 with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=here):
                     op(layer, x)
-        return seen["in_proj_qkvz"] == here, seen["in_proj_ba"] == aux_stream()
+                return bool(streams.pop() == aux_stream())
+        return False
 
     with context(vllm_config):
-        assert streams(8, captured=True) == (True, True)
-        assert streams(8, captured=False) == (True, False)
-        assert streams(65, captured=True) == (True, False)
+        found = {
+            n: on_the_auxiliary_stream(n, captured=True) for n in (7, 8, 9, 16, 17, 64, MOST_TOKENS, MOST_TOKENS + 1)
+        }
+        assert not on_the_auxiliary_stream(8, captured=False)
+    overlapped = {n for n, is_so in found.items() if is_so}
+    assert overlapped == {7, 8, 17, 64, MOST_TOKENS}
 
 
-def test_a_join_without_its_fork_runs_serially(vllm_config: Any, make_layer: Callable[..., Any]) -> None:
-    """On a copy of what the fork was given, after another layer's fork, after none, in another graph."""
+def test_a_join_without_its_fork_runs_serially(
+    vllm_config: Any, make_layer: Callable[..., Any], streams: list[Any]
+) -> None:
+    """On a copy of what the fork was given, after none, in another graph."""
     import torch
     from vllm.utils.torch_utils import _encode_layer_name, aux_stream
 
-    layer, other = (make_layer(SHAPES["9B"]) for _ in range(2))
+    layer = make_layer(SHAPES["9B"])
     x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
     want = serial(layer, x)
-    ops = torch.ops.vllm_gdn_plugin
+    ops, name = torch.ops.vllm_gdn_plugin, _encode_layer_name(layer.prefix)
+    ba = layer.in_proj_ba
 
-    def fork(layer: Any) -> None:
-        ops.gdn_in_proj_fork(x, _encode_layer_name(layer.prefix))
+    def fork() -> None:
+        ops.gdn_in_proj_fork(x, name)
 
-    def join(layer: Any, hidden_states: Any) -> Any:
+    def join(hidden_states: Any) -> Any:
         qkvz, _ = layer.in_proj_qkvz(hidden_states)
-        return qkvz, ops.gdn_in_proj_join(hidden_states, qkvz, ba_size, _encode_layer_name(layer.prefix))
+        return qkvz, ops.gdn_in_proj_join(hidden_states, qkvz, ba.weight.t(), ba.output_size_per_partition, name)
 
-    ba_size = layer.in_proj_ba.output_size_per_partition
     in_vain: dict[str, Callable[[], Any]] = {
-        "a copy": lambda: (fork(layer), join(layer, x.clone()))[1],
-        "another layer": lambda: (fork(other), join(layer, x))[1],
-        "no fork": lambda: join(layer, x),
+        "a copy": lambda: (fork(), join(x.clone()))[1],
+        "no fork": lambda: join(x),
     }
-    auxiliary: list[bool] = []
-    projection = layer.in_proj_ba
-
-    def spy(hidden_states: Any) -> Any:
-        auxiliary.append(torch.cuda.current_stream() == aux_stream())
-        return projection(hidden_states)
-
-    spy.output_size_per_partition = ba_size  # type: ignore[attr-defined]
-    layer.in_proj_ba = spy
     with context(vllm_config):
         op(layer, x)
         for what, call in in_vain.items():
-            auxiliary.clear()
+            streams.clear()
             graph, outputs = capture(call)
             graph.replay()
-            assert not any(auxiliary), what
+            assert aux_stream() not in streams, what
             assert same_bits(outputs, want), what
-        capture(lambda: fork(layer))
-        auxiliary.clear()
-        graph, outputs = capture(lambda: join(layer, x), warm_up=False)
+        capture(fork)
+        streams.clear()
+        graph, outputs = capture(lambda: join(x), warm_up=False)
         graph.replay()
-        assert auxiliary == [False]
+        assert len(streams) == 1
+        assert aux_stream() not in streams
         assert same_bits(outputs, want)
 
 
@@ -210,17 +221,7 @@ def test_overlaps_in_time(vllm_config: Any, make_layer: Callable[..., Any]) -> N
 REPLAYS = 100_000
 
 
-def reference_for(layer: Any, hidden_states: Any) -> Any:
-    """What the ops must give, bit for bit, on one stream."""
-    from vllm_gdn_plugin.run import narrow
-
-    qkvz, ba = serial(layer, hidden_states)
-    if layer.gdn_tuned.get(len(hidden_states)) == NARROW_KERNEL:
-        ba = narrow.linear(hidden_states, layer.in_proj_ba.weight)
-    return qkvz, ba
-
-
-@pytest.mark.parametrize("kind", ["bfloat16", "fp8", "fp8 with narrow_kernel"])
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
 def test_many_replays_with_other_work_on_the_auxiliary_stream(
     vllm_config: Any, make_layer: Callable[..., Any], kind: str
 ) -> None:
@@ -228,19 +229,14 @@ def test_many_replays_with_other_work_on_the_auxiliary_stream(
     import torch
     from vllm.utils.torch_utils import aux_stream
 
-    from vllm_gdn_plugin.run import narrow
-
-    layer = make_layer(SHAPES["35B-A3B"], torch.bfloat16, quantized(kind.partition(" ")[0]))
-    if NARROW_KERNEL in kind:
-        layer.gdn_tuned = dict.fromkeys((1, 2, 4, 8), NARROW_KERNEL)
-        narrow.prepare(layer.in_proj_ba.weight)
+    layer = make_layer(SHAPES["35B-A3B"], torch.bfloat16, quantized(kind))
     rng = random.Random(0)
     graphs = []
     with context(vllm_config):
         for num_tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             x = torch.randn(num_tokens, 2048, device="cuda", dtype=torch.bfloat16)
             graph, outputs = capture(lambda x=x: op(layer, x))
-            reference_graph, reference = capture(lambda x=x: reference_for(layer, x))
+            reference_graph, reference = capture(lambda x=x: serial(layer, x))
             reference_graph.replay()
             graphs.append((graph, outputs, [t.clone() for t in reference], x))  # x: what the graph reads
     wrong = torch.zeros((), device="cuda", dtype=torch.int64)

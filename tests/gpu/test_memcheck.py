@@ -22,8 +22,6 @@ SANITIZER = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')
     [
         "test_dual_stream.py::test_bit_equal_to_serial_eager_and_captured[35B-A3B-4-bfloat16]",
         "test_fused.py::test_as_exact_as_serial[35B-A3B-4]",
-        "test_narrow.py::test_as_exact_as_cublas_and_the_same_bits_at_every_call[27B-4-bfloat16]",
-        "test_narrow.py::test_a_row_that_is_no_whole_number_of_blocks[320]",
     ],
 )
 def test_nothing_is_accessed_out_of_bounds(test: str) -> None:

@@ -1,27 +1,17 @@
-"""The ways to run a layer, timed on this GPU: each is right, and the ops take the one that was chosen."""
+"""What is timed on this GPU: chosen from its times, kept for the next start, and without a trace in the engine."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu_layers import SHAPES
-from test_dual_stream import capture, context, quantized
+from test_dual_stream import context, quantized
 
-from vllm_gdn_plugin.decide.plan import (
-    DUAL_STREAM,
-    FUSED,
-    NARROW_KERNEL,
-    PADDED_TO,
-    SERIAL,
-    LayerFacts,
-    ProjectionFacts,
-    choices,
-)
+from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL, LayerFacts, ProjectionFacts
 
 SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-TOLERANCE = 1.05
-"""As in test_fused.py."""
 WORKSPACE = 32 * 2**20
 """Bytes that cuBLAS takes for each stream on Hopper."""
 A_LITTLE = 16 * 2**20
@@ -36,166 +26,147 @@ def facts(layer: Any) -> LayerFacts:
 
 
 @pytest.fixture
-def make_layers(make_layer: Callable[..., Any]) -> Callable[..., list[Any]]:
-    """As many layers of a shape as asked for, fused or not as ``auto`` plans them."""
+def kept_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    from vllm_gdn_plugin.tune import settle
 
-    def make(count: int, shape: tuple[int, int, int], quantization: str = "none") -> list[Any]:
-        from vllm_gdn_plugin.run.fused import FusedProjections
-
-        layers = [make_layer(shape, quant_config=quantized(quantization)) for _ in range(count)]
-        for layer in layers:
-            layer.gdn_strategy = FUSED if quantization == "none" else DUAL_STREAM
-            if layer.gdn_strategy == FUSED:
-                layer.gdn_fused = FusedProjections(layer.in_proj_qkvz, layer.in_proj_ba, choices(facts(layer)))
-        return layers
-
-    return make
+    monkeypatch.setattr(settle, "tuning_directory", lambda: tmp_path)
+    return tmp_path
 
 
-def fused_op(layer: Any, hidden_states: Any) -> Any:
-    import torch
-    from vllm.utils.torch_utils import _encode_layer_name
-
-    import vllm_gdn_plugin.run.dual_stream  # noqa: F401
-
-    fused = layer.gdn_fused
-    return torch.ops.vllm_gdn_plugin.gdn_fused_in_proj(
-        hidden_states, sum(fused.sizes) + fused.padding, _encode_layer_name(layer.prefix)
-    )
-
-
-@pytest.mark.parametrize("way", [*PADDED_TO, DUAL_STREAM, SERIAL])
-@pytest.mark.parametrize("tensor_parallel_size", [1, 4])
-@pytest.mark.parametrize("model", SHAPES)
-def test_a_fused_layer_is_as_exact_as_serial_in_each_way(
-    make_layers: Callable[..., list[Any]], vllm_config: Any, model: str, tensor_parallel_size: int, way: str
-) -> None:
-    import torch
-
-    hidden, qkvz, ba = SHAPES[model]
-    sizes = [qkvz // tensor_parallel_size, ba // tensor_parallel_size]
-    (layer,) = make_layers(1, (hidden, *sizes))
-    if way not in choices(facts(layer)):
-        pytest.skip("such padding is too much for this shape, or none")
-    exact_weight = torch.cat([layer.in_proj_qkvz.weight, layer.in_proj_ba.weight]).double()
-    layer.gdn_tuned = dict.fromkeys(SIZES, way)
-    for tokens in (*SIZES, 3):
-        x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
-        with context(vllm_config):
-            one_gemm = fused_op(layer, x)
-            graph, captured = capture(lambda x=x: fused_op(layer, x))
-        graph.replay()
-        torch.cuda.synchronize()
-        used, alone = sum(sizes), layer.gdn_fused.apply(x)
-        assert torch.equal(one_gemm[:, :used], alone[:, :used]), "outside a graph there is one GEMM"
-        if tokens not in layer.gdn_tuned:
-            assert torch.equal(captured[:, :used], one_gemm[:, :used])
-        elif way in PADDED_TO:
-            assert torch.equal(captured[:, :used], layer.gdn_fused.apply(x, way)[:, :used])
-        exact = (x.double() @ exact_weight.T).split(sizes, dim=-1)
-        stock = layer.in_proj_qkvz(x)[0], layer.in_proj_ba(x)[0]
-        for got, two, want in zip(captured.split([*sizes, layer.gdn_fused.padding], -1), stock, exact, strict=False):
-            error, allowed = (got - want).norm(), (two - want).norm()
-            assert error <= TOLERANCE * allowed, f"{tokens} tokens: {error} against {allowed}"
-
-
-@pytest.mark.parametrize("quantization", ["none", "fp8"])
-def test_the_tuner_times_chooses_and_remembers(
-    make_layers: Callable[..., list[Any]],
-    vllm_config: Any,
-    quantization: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def leaves_no_trace(vllm_config: Any) -> Callable[[], None]:
+    """What was there before; called, it asserts that it is so again."""
     import torch
     from vllm.utils import torch_utils
 
-    from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.tune.times import Tuner
+    from vllm_gdn_plugin.host.streams import cuda_graphs_exist
 
-    monkeypatch.setattr(host, "tuning_directory", lambda: tmp_path)
-    monkeypatch.setattr(vllm_config.compilation_config, "cudagraph_capture_sizes", SIZES)
-    layers = make_layers(6, SHAPES["27B"], quantization)
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
-    graphs_exist = host.cuda_graphs_exist()
-    held = torch.cuda.memory_reserved()  # not what CUDA has taken: it loads kernels when they are first called
+    graphs_exist = cuda_graphs_exist()
     random = torch.cuda.get_rng_state()
     stream, known = torch.cuda.current_stream(), getattr(torch_utils._current_stream_tls, "value", None)
-    tuner, phrases = Tuner(), [""]
-    while "earlier" not in phrases[-1]:  # what does not fit into one start's time is timed at the next
-        before = layers[0].gdn_tuned.keys()
-        for layer in layers:
-            layer.gdn_tuned = {}
-            tuner.add(layer, facts(layer))
-        phrases.append(tuner.run(layers[-1]))
-        assert layers[0].gdn_tuned.keys() > before or "earlier" in phrases[-1]
-    assert all(layer.gdn_tuned.keys() == set(SIZES) for layer in layers)
-    print(*phrases, *(file.read_text() for file in tmp_path.iterdir()), sep="\n")
-    assert "(timed in " in phrases[1]
-    assert phrases[-1] == phrases[-2].partition(" (")[0] + " (timed at an earlier start)"
-    torch.cuda.empty_cache()
-    torch.cuda.synchronize()
-    assert torch.equal(torch.cuda.get_rng_state(), random), "or the engine would sample other tokens than stock"
-    assert torch.cuda.current_stream() == stream
-    assert torch_utils._current_stream_tls.value is known, "or vLLM would not take a stream of its own"
-    # The auxiliary stream's, and without graphs of other tests the current stream's was given back instead.
-    left_behind = WORKSPACE * (1 + graphs_exist) + A_LITTLE
-    assert torch.cuda.memory_reserved() - held <= left_behind
+    held: list[int] = []
+
+    def check() -> None:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        assert torch.equal(torch.cuda.get_rng_state(), random), "or the engine would sample other tokens than stock"
+        assert torch.cuda.current_stream() == stream
+        assert getattr(torch_utils._current_stream_tls, "value", None) is known, (
+            "or vLLM would take no stream of its own"
+        )
+        reserved = torch.cuda.memory_reserved()  # not what CUDA has taken: it loads kernels when they are first called
+        if held:
+            # The auxiliary stream's, and without graphs of other tests the current stream's was given back instead.
+            assert reserved - held[0] <= WORKSPACE * (1 + graphs_exist) + A_LITTLE
+        held.append(reserved)
+
+    return check
 
 
-def test_times_stand_though_the_memory_cannot_be_given_back(
-    make_layers: Callable[..., list[Any]], vllm_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.tune import ways
-    from vllm_gdn_plugin.tune.times import case_of
-
-    def fail() -> None:
-        raise ZeroDivisionError("planted")
-
-    said: list[str] = []
-    monkeypatch.setattr(host, "release_workspaces", fail)
-    monkeypatch.setattr(ways, "warn_once", lambda *line: said.append(": ".join(line)))
-    layers = make_layers(4, SHAPES["35B-A3B"], "fp8")
-    times = ways.timed(layers, case_of(facts(layers[0]), 2048, host.gpu()), [1, 16])
-    assert {tokens: sorted(each) for tokens, each in times.items()} == {
-        1: [DUAL_STREAM, NARROW_KERNEL, SERIAL],
-        16: [DUAL_STREAM, SERIAL],
-    }
-    (line,) = said
-    assert line.endswith("not given back: unexpected ZeroDivisionError: planted")
-
-
-def test_a_narrow_kernel_that_fails_is_not_timed_as_what_stands_in_for_it(
-    make_layers: Callable[..., list[Any]], vllm_config: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from vllm_gdn_plugin import host
-    from vllm_gdn_plugin.run import narrow
-    from vllm_gdn_plugin.tune import ways
-    from vllm_gdn_plugin.tune.times import case_of
-
-    def fail(*args: Any) -> Any:
-        raise ZeroDivisionError("planted")
-
-    monkeypatch.setattr(narrow, "linear", fail)
-    layers = make_layers(4, SHAPES["35B-A3B"], "fp8")
-    with pytest.raises(ZeroDivisionError, match="planted"):
-        ways.timed(layers, case_of(facts(layers[0]), 2048, host.gpu()), [1])
-
-
-def test_dual_stream_that_was_timed_as_slower_runs_serially_in_a_graph(
-    make_layers: Callable[..., list[Any]], vllm_config: Any
+@pytest.mark.parametrize("tensor_parallel_size", [1, 4])
+@pytest.mark.parametrize("model", SHAPES)
+def test_the_rows_of_a_weight_are_timed_once(
+    model: str,
+    tensor_parallel_size: int,
+    kept_in: Path,
+    leaves_no_trace: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
 
-    from vllm_gdn_plugin.decide.scratch import StaysSerial
-    from vllm_gdn_plugin.run.dual_stream import why_serial
+    from vllm_gdn_plugin.run import timing
+    from vllm_gdn_plugin.run.fused import rows_to_choose_from
 
-    (layer,) = make_layers(1, SHAPES["35B-A3B"], "fp8")
-    layer.gdn_tuned = {4: SERIAL, 8: DUAL_STREAM}
-    found: dict[int, Any] = {}
-    for tokens in (2, 4, 8):
-        x = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
-        capture(lambda x=x: found.update({len(x): why_serial(layer, x)}) or x + 1)
-    assert found == {2: None, 4: StaysSerial.TIMED_SLOWER, 8: None}
+    hidden, qkvz, ba = SHAPES[model]
+    like = torch.zeros(qkvz // tensor_parallel_size, hidden, device="cuda", dtype=torch.bfloat16)
+    outputs = (qkvz + ba) // tensor_parallel_size
+    leaves_no_trace()
+    assert timing.rows_of(like, outputs, ()) == rows_to_choose_from(outputs, 2 * hidden)[0]
+    found = timing.rows_of(like, outputs, SIZES)
+    leaves_no_trace()
+    assert found in rows_to_choose_from(outputs, 2 * hidden)
+    (file,) = kept_in.iterdir()
+    print(found, file.read_text())
+    kept = json.loads(file.read_text())["microseconds and spread"]
+    if set(kept) >= {str(n) for n in SIZES if n <= timing.FEW_TOKENS}:  # else some were noisy, or out of time
+        monkeypatch.setattr(timing, "timed", lambda *args, **kwargs: pytest.fail("timed again"))
+        assert timing.rows_of(like, outputs, SIZES) == found
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+def test_the_ways_of_a_layer_are_timed_once(
+    make_layer: Callable[..., Any],
+    vllm_config: Any,
+    kept_in: Path,
+    leaves_no_trace: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+) -> None:
+    import torch
+
+    from vllm_gdn_plugin.run import timing
+
+    layers = [make_layer(SHAPES["27B"], torch.bfloat16, quantized(kind)) for _ in range(6)]
+    leaves_no_trace()
+    chosen, phrases = {}, [""]
+    with context(vllm_config):
+        while (
+            "earlier" not in phrases[-1] and len(phrases) < 6
+        ):  # what does not fit into one start is timed at the next
+            chosen, phrase = timing.ways_of(layers, layers[:-1], facts(layers[0]), SIZES)
+            phrases.append(phrase)
+    leaves_no_trace()
+    print(*phrases, *(file.read_text() for file in kept_in.iterdir()), sep="\n")
+    assert set(chosen) <= set(SIZES)
+    assert set(chosen.values()) <= {DUAL_STREAM, SERIAL}
+    assert "(timed in " in phrases[1]
+    kept = json.loads(next(kept_in.iterdir()).read_text())["microseconds and spread"]
+    if set(kept) == {str(n) for n in SIZES}:  # else some were noisy
+        assert phrases[-1] == phrases[-2].partition(" (")[0] + " (timed at an earlier start)"
+        monkeypatch.setattr(timing, "timed", lambda *args, **kwargs: pytest.fail("timed again"))
+        assert timing.ways_of(layers, layers, facts(layers[0]), SIZES)[0] == chosen
+
+
+def test_timing_that_fails_leaves_no_trace_either(
+    make_layer: Callable[..., Any],
+    vllm_config: Any,
+    kept_in: Path,
+    leaves_no_trace: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from vllm_gdn_plugin.run import timing
+    from vllm_gdn_plugin.tune.timer import CudaTimer
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    layers = [make_layer(SHAPES["35B-A3B"], torch.bfloat16, quantized("fp8")) for _ in range(4)]
+    leaves_no_trace()
+    monkeypatch.setattr(CudaTimer, "measure", fail)
+    with context(vllm_config), pytest.raises(ZeroDivisionError, match="planted"):
+        timing.ways_of(layers, layers, facts(layers[0]), [1, 16])
+    leaves_no_trace()
+    assert not list(kept_in.iterdir())
+
+
+def test_the_timer_tells_one_kernel_from_ten() -> None:
+    import torch
+
+    from vllm_gdn_plugin.tune.timer import timed
+
+    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+
+    def gemms(count: int) -> Callable[[], Any]:
+        def run() -> Any:
+            for _ in range(count):
+                result = x @ x
+            return result
+
+        return run
+
+    times = timed(lambda tokens: {"one": [gemms(1)] * 4, "ten": [gemms(10)] * 4}, [1], 0)[1]
+    assert times["ten"].microseconds > times["one"].microseconds

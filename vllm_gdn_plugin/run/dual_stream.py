@@ -73,9 +73,7 @@ def gdn_in_proj_fork(hidden_states: torch.Tensor, layer_name: LayerNameType) -> 
     A failure to find the layer passes through, as in vLLM's own GDN op, which looks it up in the same way. Should
     anything else fail, the projections run serially, and a line says why once.
     """
-    on_cuda = hidden_states.is_cuda and torch.version.hip is None
-    capturing = on_cuda and torch.cuda.is_current_stream_capturing()
-    _open.fork = fork(layer_by_name(layer_name), hidden_states) if capturing else None
+    _open.fork = fork(layer_by_name(layer_name), hidden_states) if is_captured(hidden_states) else None
 
 
 def gdn_in_proj_join(
@@ -108,6 +106,11 @@ def gdn_in_proj_join(
     if weight is not None:
         return join(forked, lambda: torch.mm(hidden_states, weight))
     return join(forked, lambda: layer_by_name(layer_name).in_proj_ba(hidden_states)[0])
+
+
+def is_captured(hidden_states: torch.Tensor) -> bool:
+    """Whether what is done now with this tensor goes into a CUDA graph."""
+    return hidden_states.is_cuda and torch.version.hip is None and torch.cuda.is_current_stream_capturing()
 
 
 def fork(layer: Any, hidden_states: torch.Tensor) -> Fork | None:
