@@ -22,9 +22,9 @@ exit status of check:
 with --model:
   Where vLLM is installed, its own configuration says what it builds for each GDN layer: without weights, and without
   using a GPU. The first time takes some ten seconds more. Elsewhere only models without quantisation can be told.
-  Of a Hub id the configuration is fetched, with the headers of the weights where a format needs them; without a network,
-  or with HF_HUB_OFFLINE=1, the local cache has to have it. Give the flags that the engine is started with. Not looked at,
-  though they can change the plan:
+  Of a Hub id the configuration is fetched, and the headers of the weights where a format needs them; where there is no
+  network, or with HF_HUB_OFFLINE=1, the local cache must have it. Give the flags that the engine is started with. Not
+  looked at, though they can change the plan:
     {ignored}
 
 environment:

@@ -65,6 +65,7 @@ def _layer_facts(directory: Path, flags: EngineFlags, platform: str) -> tuple[in
         quantization=flags.quantization,
         dtype=flags.dtype,
         enforce_eager=flags.enforce_eager,
+        allow_deprecated_quantization=True,  # the engine says by itself that it wants this flag
         load_format="dummy",
     ).create_engine_config()
     shape = gdn_shape(config.model_config.hf_text_config.to_dict(), flags.tensor_parallel_size)

@@ -1,0 +1,49 @@
+"""`check` tells of a model what vLLM constructs from the same configuration, in every format that it can read here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from check_formats import FORMATS, GDN_LAYERS, MODELS, MOE
+
+CASES = [(name, model) for name in FORMATS for model in MODELS] + [(MOE[1], MOE[0])]
+
+
+@pytest.fixture(scope="module")
+def answers(run_script: Callable[..., Any]) -> Any:
+    """What check_formats.py found out in one process, for all formats and models."""
+    return run_script("qwen3_next", script=Path(__file__).with_name("check_formats.py"))["answers"]
+
+
+@pytest.mark.parametrize(("name", "model"), CASES, ids=[f"{name}-{model}" for name, model in CASES])
+def test_check_tells_what_vllm_constructs(answers: Any, name: str, model: str) -> None:
+    both = answers.get(f"{name} | {model}")
+    if both is None:
+        pytest.skip(f"this vLLM has no such model: {model}")
+    told, constructed = both["told"], both["constructed"]
+    if "error" in constructed:
+        pytest.skip(f"this vLLM does not construct it here: {constructed['error'][:300]}")
+    assert told == constructed
+    assert len(told["facts"]) == len(GDN_LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        ("none", "fused"),
+        ("auto-round, regexes", "dual_stream"),
+        ("modelopt mixed, GDN absent", "fused"),
+        ("modelopt mixed, ba absent", "dual_stream"),
+        ("compressed-tensors, no GDN targets", "fused"),
+        ("awq, by the headers", "dual_stream"),
+    ],
+)
+@pytest.mark.parametrize("model", MODELS)
+def test_formats_that_were_misread(answers: Any, name: str, strategy: str, model: str) -> None:
+    both = answers.get(f"{name} | {model}")
+    if both is None or "error" in both["constructed"]:
+        pytest.skip(f"this vLLM does not construct it here: {both and both['constructed']['error'][:300]}")
+    assert both["told"]["strategies"] == [strategy] * len(GDN_LAYERS)
