@@ -148,9 +148,19 @@ def test_import_hooks_of_two_plugins_both_act(plugin: Any, ask: Any, ours_first:
     if not ours_first:
         plugin.register()
     layer = plugin.import_gdn()("layers.0")
-    assert watch.seen >= 1
+    assert watch.seen == 1
     assert is_ours(layer)
     assert plugin.said == []
+
+
+def test_a_watch_that_has_ended_finds_nothing(plugin: Any) -> None:
+    """Also for somebody who has kept it."""
+    plugin.register()
+    ended = sys.meta_path[0]
+    assert ended.find_spec(GDN, plugin.vllm("model_executor.layers.mamba.gdn").__path__) is not None
+    plugin.register()
+    assert ended not in sys.meta_path
+    assert ended.find_spec(GDN, None) is None
 
 
 def test_a_second_installation_takes_the_place_of_the_first(

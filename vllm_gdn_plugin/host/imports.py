@@ -52,8 +52,10 @@ class _ImportWatch(MetaPathFinder):
         self._searching = threading.local()
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if name not in self.module_names or vars(self._searching):
-            return None  # the latter where another plugin's watch asks all finders, as this one does
+        if name not in self.module_names or self not in sys.meta_path:
+            return None
+        if vars(self._searching):  # another plugin's watch, which this one asks, asks it in turn
+            return None
         self._searching.name = name
         try:
             spec = self._spec_of_others(name, path, target)
