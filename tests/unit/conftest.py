@@ -339,7 +339,7 @@ class Sources:
     def package(self) -> Any:
         wheel = BytesIO()
         self.zipped(wheel)
-        return zipfile.Path(wheel, "vllm/")
+        return zipfile.Path(zipfile.ZipFile(wheel), "vllm/")
 
 
 class Tree(Sources):
