@@ -272,8 +272,6 @@ def test_a_layer_that_changed_upstream_is_left_alone(plugin: Any) -> None:
 FAILING_STEPS = {
     "the version": (lambda p, m: p.tree.edit("vllm", ("__version__", "version")), "AttributeError"),
     "declare_variables": (lambda p, m: p.tree.edit("vllm.envs", ("environment_variables", "renamed")), "ImportError|"),
-    "when_imported": (lambda p, m: m.setattr(p.install.imports, "when_imported", boom), "ZeroDivisionError: boom"),
-    "check_contract": (lambda p, m: m.setattr(p.install, "check_contract", boom), "ZeroDivisionError: boom"),
     "the platform": (
         lambda p, m: p.tree.edit("vllm.platforms", ('return self.device_name == "cuda"', "raise OSError('driver')")),
         "OSError: driver",
@@ -283,10 +281,6 @@ FAILING_STEPS = {
         "ImportError: cannot import name 'op_registry_oot'",
     ),
     "the layer module": (lambda p, m: m.setitem(sys.modules, "vllm_gdn_plugin.run.layer", None), "ModuleNotFoundError"),
-    "build_in_place_of": (
-        lambda p, m: m.setattr(p.install.layers, "build_in_place_of", boom),
-        "ZeroDivisionError: boom",
-    ),
 }
 """A step of ours and how it fails. ``|`` ends an alternative: the host may fail in more than one way."""
 
@@ -388,6 +382,19 @@ def test_what_was_done_is_said_once_when_the_weights_are_there(plugin: Any) -> N
     assert len(plugin.said) == 1, "a reload changes nothing"
     plugin.load(plugin.import_gdn()("layers.0"))
     assert "dual_stream on 1 of 1 GDN layers" in plugin.said[1][1], "and a second engine has a line of its own"
+
+
+def test_a_layer_that_cannot_be_finished_runs_as_in_stock_vllm(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin.register()
+    layers = [plugin.import_gdn()(f"layers.{i}") for i in range(2)]
+    with monkeypatch.context() as patch:
+        patch.setattr(plugin.install.facts, "projection_facts", boom)
+        plugin.load(layers[0])
+    plugin.load(layers[1])
+    assert [layer.gdn.strategy for layer in layers] == ["serial", "dual_stream"]
+    (level, why), (_, done) = plugin.said
+    assert (level, "ZeroDivisionError: boom" in why) == ("warning", True)
+    assert "dual_stream on 1 of 2 GDN layers" in done
 
 
 SIZES = 'Config(name="FULL"), cudagraph_capture_sizes=[4, 1, 2]'
