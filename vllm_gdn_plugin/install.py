@@ -144,6 +144,7 @@ def all_loaded(settings: Settings, stock: Any, last: Any) -> None:
 
     with stepping_aside(settings, speaks=process.is_first_rank_of_stage) as say:
         news = ledger.news()
+        hopeful = [record for record in news if not record.no_kernel]
         phrases = [settle_projections(news, last, by_time=settings.strategy == AUTO)]
         phrases += [settle_decode(stock, news, everywhere=settings.decode_kernel == "1")]
         why_not = next((record.no_kernel for record in news if record.no_kernel), None)
@@ -155,7 +156,7 @@ def all_loaded(settings: Settings, stock: Any, last: Any) -> None:
             platform = next(record.facts.platform for record in news if record.facts)
             done = f"{summary}{where} (platform {platform}, vLLM {imports.version()})"
             say("info", "; ".join(filter(None, [done, *phrases])), again=True)
-        elif news and why_not:
+        elif any(record.no_kernel for record in hopeful):  # else it has been said why nothing is done
             raise Refused(f"no decode kernel: {why_not}")
 
 

@@ -1,4 +1,4 @@
-"""Load tiny models as vLLM does, with each strategy, and run their GDN layers' stock `forward_cuda` compiled.
+"""Load tiny models as vLLM does, with each strategy; run their GDN layers' stock `forward_cuda` compiled; reload them.
 
     python construct.py MODEL OUTPUT.json [--also MODEL...]
 
@@ -13,10 +13,13 @@ import argparse
 import inspect
 import json
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 TOKENS = 5
 
@@ -41,16 +44,20 @@ def prepare(rendezvous: Path) -> None:
         initialize_model_parallel()
 
 
-def load(model: str, strategy: str) -> tuple[Any, Any]:
-    """The configuration and the loaded model, built by vLLM with the plugin as it is registered now."""
+def load(model: str, strategy: str | None) -> tuple[Any, Any]:
+    """The configuration and the loaded model, built by vLLM with the plugin registered anew, or without it."""
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.custom_op import op_registry_oot
     from vllm.model_executor.model_loader import get_model
     from vllm.plugins import load_plugins_by_group
 
-    op_registry_oot.clear()
-    os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = strategy
+    from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+    from vllm_gdn_plugin.host.layers import withdraw_from
+
+    for module, name in GDN_CLASSES.items():
+        if module in sys.modules:
+            withdraw_from(getattr(sys.modules[module], name))
+    os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = strategy or "serial"
     for register in load_plugins_by_group("vllm.general_plugins").values():
         register()
     config = EngineArgs(
@@ -75,36 +82,102 @@ def stand_in_for_attention(layer: Any) -> None:
     layer._forward_core = forward_core
 
 
-def run(layer: Any) -> dict[str, Any]:
-    """Which of the plugin's ops the traced forward holds, and how far what it gives is from stock."""
-    stock = type(layer).__base__
+def forward_of(layer: Any, layer_class: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `forward_cuda` of this class, the plugin's or stock's, computes of the layer."""
+    stock = layer_class.__base__ if getattr(layer_class, "is_gdn_plugin", False) else layer_class
     writes_output = "output" in inspect.signature(stock.forward_cuda).parameters  # up to 0.25
 
-    def forward(layer_class: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         if not writes_output:
             return layer_class.forward_cuda(layer, hidden_states)
         output = torch.empty_like(hidden_states)
         layer_class.forward_cuda(layer, hidden_states, output)
         return output
 
+    return forward
+
+
+def run(layer: Any, hidden_states: torch.Tensor) -> dict[str, Any]:
+    """What the traced forward holds, and how far what it gives is from stock."""
+    stock = type(layer).__base__
     graphs: list[Any] = []
+    inputs: list[torch.Tensor] = []
 
     def backend(graph: Any, example_inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
+        def call(*given: Any) -> Any:
+            graphs.append(graph)
+            inputs.extend(given)
+            return graph.forward(*given)
+
+        return call
 
     torch._dynamo.reset()
     stand_in_for_attention(layer)
-    hidden_states = torch.randn(TOKENS, layer.hidden_size, dtype=torch.bfloat16)
-    want = forward(stock, hidden_states).double()
-    got = torch.compile(forward, backend=backend, fullgraph=True)(type(layer), hidden_states).double()
-    nodes = [node for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    want = forward_of(layer, stock)(hidden_states).double()
+    compiled = torch.compile(forward_of(layer, type(layer)), backend=backend, fullgraph=True)
+    got = compiled(hidden_states).double()
+    (graph,) = graphs
+    nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
     return {
         "class": type(layer).__name__,
-        "strategy": layer.gdn_strategy,
-        "traced": [str(node.target) for node in nodes if str(node.target).startswith("vllm_gdn_plugin.")],
+        "stock class": stock.__name__,
+        "strategy": layer.gdn.strategy,
+        "ops": [str(node.target) for node in nodes if str(node.target).startswith("vllm_gdn_plugin.")],
+        "linears": linears(layer, graph, inputs),
         "norm": float(want.norm()),
         "error": float((got - want).norm()),
+    }
+
+
+def linears(layer: Any, graph: Any, inputs: list[torch.Tensor]) -> list[str]:
+    """The weights by which a traced forward multiplies."""
+    weights = {name: getattr(layer, name).weight for name in ("in_proj_qkvz", "in_proj_ba", "out_proj")}
+    if layer.gdn.fused:
+        weights["the one weight"] = layer.gdn.fused.weight
+    given = dict(zip((node for node in graph.graph.nodes if node.op == "placeholder"), inputs, strict=True))
+    used = [given[node.args[1]] for node in graph.graph.nodes if node.target == torch.nn.functional.linear]
+    return [
+        name
+        for weight in used
+        for name, known in weights.items()
+        if (weight.data_ptr(), weight.shape) == (known.data_ptr(), known.shape)
+    ]
+
+
+def names(model: Any) -> dict[str, list[str]]:
+    return {
+        "parameters": [name for name, _ in model.named_parameters()],
+        "buffers": [name for name, _ in model.named_buffers()],
+        "state": list(model.state_dict()),
+    }
+
+
+def reload(config: Any, model: Any, layers: list[Any], hidden_states: torch.Tensor) -> dict[str, Any]:
+    """Give a running model other weights, layer by layer as vLLM does, and say what has become of its GDN layers."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    def parameters() -> list[Any]:
+        return [getattr(layer, name).weight for layer in layers for name in ("in_proj_qkvz", "in_proj_ba")]
+
+    def results(layer_class: Any) -> list[torch.Tensor]:
+        return [forward_of(layer, layer_class)(hidden_states).double() for layer in layers]
+
+    hooks: list[Any] = []
+    for layer in layers:
+        layer.gdn_after_loading.quant_method.process_weights_after_loading = hooks.append
+    kept, where, before = parameters(), [p.data_ptr() for p in parameters()], results(type(layers[0]))
+    checkpoint = load_file(Path(config.model_config.model) / "model.safetensors")
+    initialize_layerwise_reload(model)
+    model.load_weights((name, -weight if "in_proj" in name else weight) for name, weight in checkpoint.items())
+    finalize_layerwise_reload(model, config.model_config)
+    after, stock = results(type(layers[0])), results(type(layers[0]).__base__)
+    return {
+        "same parameters": all(one is other for one, other in zip(parameters(), kept, strict=True)),
+        "same addresses": [p.data_ptr() for p in parameters()] == where,
+        "hooks called": len(hooks),
+        "changed by": [float((one - other).norm()) for one, other in zip(after, before, strict=True)],
+        "errors": [float((one - other).norm()) for one, other in zip(after, stock, strict=True)],
+        "norms": [float(one.norm()) for one in stock],
     }
 
 
@@ -121,15 +194,23 @@ def main() -> None:
     from vllm.forward_context import set_forward_context
 
     torch.manual_seed(0)
-    cases = {}
+    cases, stock = {}, {}
     for model in (args.model, *args.also):
-        for strategy in ("dual_stream", "fused"):
+        for strategy in (None, "dual_stream", "fused"):
             config, built = load(model, strategy)
+            if strategy is None:
+                stock[Path(model).name] = names(built)
+                continue
             witness.calls.clear()
+            layers = [layer for layer in built.modules() if getattr(layer, "is_gdn_plugin", False)]
+            hidden_states = torch.randn(TOKENS, layers[0].hidden_size, dtype=torch.bfloat16)
             with torch.inference_mode(), set_forward_context(None, config):
-                layers = [run(layer) for layer in built.modules() if getattr(layer, "is_gdn_plugin", False)]
-            cases[f"{strategy} {Path(model).name}"] = {"layers": layers, "op_calls": dict(witness.calls)}
-    args.output.write_text(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "cases": cases}))
+                case = {"names": names(built), "layers": [run(layer, hidden_states) for layer in layers]}
+                case["ran"] = dict(witness.calls)
+                case["reloaded"] = reload(config, built, layers, hidden_states)
+            cases[f"{strategy} {Path(model).name}"] = case
+    found = {"vllm": vllm.__version__, "torch": torch.__version__, "cases": cases, "stock": stock}
+    args.output.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def engine(args: argparse.Namespace) -> Any:
 
 
 def answers(llm: Any, max_tokens: int) -> dict[str, Any]:
-    """What the engine says now to each of `prompts()`, and the calls of the plugin's ops until then."""
+    """What the engine says now to each of `prompts()`, the projections that the plugin `ran` until then, by strategy,
+    and in this process the `classes` of the GDN layers."""
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -69,8 +70,15 @@ def answers(llm: Any, max_tokens: int) -> dict[str, Any]:
             [step[token].logprob for step, token in zip(completion.logprobs, completion.token_ids, strict=True)]
             for completion in completions
         ],
-        "op_calls": witness.calls_of_all_processes() if witness else {},
+        "ran": witness.calls_of_all_processes() if witness else {},
+        "classes": sorted({f"{c.__module__}.{c.__qualname__}" for c in map(type, gdn_layers(llm))}),
     }
+
+
+def gdn_layers(llm: Any) -> list[Any]:
+    """None where vLLM runs the model in another process."""
+    config = llm.llm_engine.vllm_config.compilation_config
+    return [layer for layer in config.static_forward_context.values() if hasattr(layer, "in_proj_ba")]
 
 
 def main() -> None:
@@ -78,8 +86,11 @@ def main() -> None:
     answer = answers(engine(args), args.max_tokens)
     import torch
     import vllm
+    from vllm.compilation.counter import compilation_counter
 
-    args.output.write_text(json.dumps(answer | {"vllm": vllm.__version__, "torch": torch.__version__}))
+    artifacts = {name: count for name, count in vars(compilation_counter).items() if "artifacts" in name}
+    answer |= {"vllm": vllm.__version__, "torch": torch.__version__, "artifacts": artifacts}
+    args.output.write_text(json.dumps(answer))
 
 
 if __name__ == "__main__":  # spawned workers import this file again

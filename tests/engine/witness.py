@@ -3,11 +3,11 @@
 Made an installed distribution by the fixture `witness`. vLLM loads it before the plugin under test, in each process.
 
     WITNESS_FILE    where each event is appended as a line of JSON
-    WITNESS_BREAKS  the step of vllm_gdn_plugin that fails: a key of `BREAKS`; or of `CORRUPTS`, to compute wrongly
-    WITNESS_PADS    1: each fused layer runs as wide as it may be padded, which otherwise `auto` does on a GPU alone
+    WITNESS_BREAKS  the step of vllm_gdn_plugin that fails: a key of `BREAKS`; or of `CHANGES`, to have it do otherwise
 """
 
 import functools
+import importlib
 import importlib.abc
 import itertools
 import json
@@ -21,7 +21,8 @@ from typing import Any
 
 GDN_MODULE = "qwen_gdn_linear_attn"
 calls: dict[str, int] = {}
-"""Calls of the plugin's ops in this process, by strategy."""
+"""Projections that the plugin has run in this process, by strategy; of compiled code, in which no Python runs, how
+often it was traced where the projection is no op."""
 
 
 def register() -> None:
@@ -30,16 +31,15 @@ def register() -> None:
     note("plugins loaded")
     sys.meta_path.insert(0, _Watch())
     try:
-        from vllm_gdn_plugin import host, install
+        from vllm_gdn_plugin import install
     except ImportError:
         return
     _note_settings(install)
-    _count_op_calls(host)
-    if os.environ.get("WITNESS_PADS"):
-        _pad()
+    _count_joins()
+    _count_fused()
     broken = os.environ.get("WITNESS_BREAKS")
     if broken:
-        (BREAKS | CORRUPTS)[broken]()
+        (BREAKS | CHANGES)[broken]()
 
 
 def note(event: str, **more: Any) -> None:
@@ -74,39 +74,47 @@ def _note_settings(install: Any) -> None:
     install.read_settings = noting
 
 
-def _count_op_calls(host: Any) -> None:
-    layer_by_name = host.layer_by_name
+def _count(strategy: str) -> None:
+    if strategy not in calls:
+        note(f"{strategy} ran")
+    calls[strategy] = calls.get(strategy, 0) + 1
+    with open(_calls_file(), "a") as file:
+        file.write(f"{strategy}\n")
+
+
+def _count_joins() -> None:
+    """By the look-up of the layer, which a join does on a CPU; before the module of the ops takes the function over."""
+    from vllm_gdn_plugin.host import layers
+
+    layer_by_name = layers.layer_by_name
 
     def counting(layer_name: Any) -> Any:
         layer = layer_by_name(layer_name)
         if os.environ.get("WITNESS_BREAKS") == "projection":
             layer.in_proj_ba.forward = _run_out
-        if layer.gdn_strategy not in calls:
-            note(f"{layer.gdn_strategy} op called")
-        calls[layer.gdn_strategy] = calls.get(layer.gdn_strategy, 0) + 1
-        with open(_calls_file(), "a") as file:
-            file.write(f"{layer.gdn_strategy}\n")
+        _count(layer.gdn.strategy)
         return layer
 
-    host.layer_by_name = counting
+    layers.layer_by_name = counting
 
 
-def _pad() -> None:
-    from vllm_gdn_plugin.decide import plan
-    from vllm_gdn_plugin.run import dual_stream as op
-    from vllm_gdn_plugin.run import fused
+def _count_fused() -> None:
+    import torch
 
-    FusedProjections = fused.FusedProjections
+    from vllm_gdn_plugin.run.fused import FusedWeight
 
-    def widest(layer: Any, hidden_states: Any) -> str:
-        rows = layer.gdn_fused.rows
-        note("padded", rows=rows, width=sum(layer.gdn_fused.sizes) + layer.gdn_padding)
-        return max(rows, key=rows.__getitem__)
+    project = FusedWeight.project
 
-    plan.MOST_PADDING = 1.0  # of a small model
-    fused.layers_per_allocation = lambda *sizes: 2
-    fused.FusedProjections = lambda qkvz, ba, ways: FusedProjections(qkvz, ba, plan.PADDED_TO)
-    op.way_to_fuse = widest
+    @torch._dynamo.assume_constant_result  # it runs while it is traced, and leaves nothing in the graph
+    def count() -> int:
+        _count("fused")
+        return 0
+
+    def counting(self: Any, hidden_states: Any) -> Any:
+        count()
+        return project(self, hidden_states)
+
+    FusedWeight.project = counting
 
 
 def calls_of_all_processes() -> dict[str, int]:
@@ -131,12 +139,12 @@ def _run_out(*args: Any) -> Any:
     raise torch.OutOfMemoryError("planted by the test")
 
 
-def _break_from(call: int, module: str, path: str) -> Any:
-    """Let what lies at `path` in `module` fail from this call on; the first is call 0."""
+def _break(module: str, path: str, call: int = 0) -> Any:
+    """Let what lies at `path` in a module of the plugin fail from this call on; the first is call 0."""
 
     def apply() -> None:
         *owners, name = path.split(".")
-        owner = functools.reduce(getattr, owners, importlib.import_module(module))
+        owner = functools.reduce(getattr, owners, importlib.import_module(f"vllm_gdn_plugin.{module}"))
         original = getattr(owner, name)
         count = itertools.count()
         setattr(owner, name, lambda *a, **k: original(*a, **k) if next(count) < call else _fail())
@@ -155,57 +163,32 @@ def _break_contract() -> None:
     install.check_contract = lambda package: Contract(None, None, ("planted breach",))
 
 
-def _break(name: str) -> Any:
-    def apply() -> None:
-        from vllm_gdn_plugin import host
+def _find_a_newer_vllm() -> None:
+    from vllm_gdn_plugin.host import imports
 
-        setattr(host, name, _fail)
-
-    return apply
-
-
-def _hold_class() -> None:
-    """Take the place of the GDN class as another plugin would, when its module is first imported."""
-    from vllm.model_executor.custom_op import op_registry_oot
-
-    class OtherPluginsLayer:
-        """Taken away again right after the plugin has looked: it cannot run."""
-
-    op_registry_oot["QwenGatedDeltaNetAttention"] = OtherPluginsLayer
-    from vllm_gdn_plugin import host
-
-    replacement_of = host.replacement_of
-    host.replacement_of = lambda name: (replacement_of(name), op_registry_oot.pop(name))[0]
+    imports.version = lambda: "0.99.0"
 
 
 BREAKS = {
     "contract": _break_contract,
-    "held": _hold_class,
+    "version guard": _find_a_newer_vllm,
     "layer module": _break_layer_module,
-    **{
-        name: _break(name)
-        for name in (
-            "version",
-            "package_directory",
-            "declare_variables",
-            "when_imported",
-            "replacement_of",
-            "platform",
-            "replace",
-            "layer_facts",
-            "after_loading",
-        )
-    },
-    "plan": _break_from(0, "vllm_gdn_plugin.install", "plan"),
-    "fused weights": _break_from(0, "vllm_gdn_plugin.run.fused", "FusedProjections.__init__"),
-    "fused is loaded": _break_from(0, "vllm_gdn_plugin.run.fused", "FusedProjections.is_loaded"),
-    "report": _break_from(0, "vllm_gdn_plugin.report", "Ledger.finish"),
-    "op, first call": _break_from(0, "vllm_gdn_plugin.decide.scratch", "stays_serial"),
-    "op, later call": _break_from(10, "vllm_gdn_plugin.decide.scratch", "stays_serial"),
-    "fused op, first call": _break_from(0, "vllm_gdn_plugin.run.fused", "FusedProjections._packed_weights"),
-    "fused op, later call": _break_from(10, "vllm_gdn_plugin.run.fused", "FusedProjections._packed_weights"),
-    "projection": lambda: None,  # see _count_op_calls
+    "version": _break("host.imports", "version"),
+    "package_directory": _break("host.imports", "package_directory"),
+    "declare_variables": _break("host.process", "declare_variables"),
+    "when_imported": _break("host.imports", "when_imported"),
+    "platform": _break("host.facts", "platform"),
+    "build_in_place_of": _break("host.layers", "build_in_place_of"),
+    "layer_facts": _break("host.facts", "layer_facts"),
+    "after_loading": _break("host.layers", "after_loading"),
+    "plan": _break("install", "plan"),
+    "plan, once loaded": _break("install", "plan", 3),
+    "fused weight": _break("run.fused", "FusedWeight.__init__"),
+    "fused take_back": _break("run.fused", "FusedWeight.take_back"),
+    "report": _break("report", "Ledger.summary"),
+    "projection": lambda: None,  # see _count_joins
 }
+"""With a step for each layer, all three of a tiny model's are constructed before the first one is loaded."""
 
 
 def _negate_ba() -> None:
@@ -220,5 +203,43 @@ def _negate_ba() -> None:
     ProjectedLayer.in_proj_ba = wrong
 
 
-CORRUPTS = {"in_proj_ba": _negate_ba}
-"""What makes the plugin compute something else than stock vLLM, without an error."""
+def _swap_linear_methods() -> None:
+    """As vLLM's enable_qwen4_exp_low_latency_gemm does, after the layers have been constructed."""
+    from vllm_gdn_plugin import install
+
+    adopt = install.adopt
+
+    def adopt_and_swap(*args: Any) -> None:
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        class LowLatencyLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+            """Of none of the plugin's lists."""
+
+        adopt(*args)
+        args[-1].in_proj_qkvz.quant_method = LowLatencyLinearMethod()
+
+    install.adopt = adopt_and_swap
+
+
+def _replace_parameters() -> None:
+    """As some loaders do, which don't write into the parameters that were there."""
+    import torch
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load_weights = DefaultModelLoader.load_weights
+
+    def load_and_replace(self: Any, model: Any, model_config: Any) -> None:
+        load_weights(self, model, model_config)
+        for module in model.modules():
+            for name in ("in_proj_qkvz", "in_proj_ba"):
+                linear = getattr(module, name, None)
+                if linear is not None:
+                    weight = linear.weight
+                    linear.weight = torch.nn.Parameter(weight.data.clone(), requires_grad=False)
+                    weight.data.fill_(float("nan"))
+
+    DefaultModelLoader.load_weights = load_and_replace
+
+
+CHANGES = {"in_proj_ba": _negate_ba, "linear methods": _swap_linear_methods, "parameters": _replace_parameters}
+"""What makes the plugin compute something else than stock vLLM, without an error, and what a host may do meanwhile."""

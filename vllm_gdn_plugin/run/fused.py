@@ -41,6 +41,8 @@ class FusedWeight:
         for linear, block in zip((qkvz, ba), self.blocks, strict=True):
             block.copy_(linear.weight.data)
             linear.weight.data = block
+            if block.is_cpu:
+                linear.quant_method.process_weights_after_loading = _leave_unpacked
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Both projections of ``hidden_states`` (num_tokens, hidden_size), as views of one result."""
@@ -48,10 +50,7 @@ class FusedWeight:
         return qkvz, ba
 
     def is_of(self, layer: Any) -> bool:
-        """Whether the weights of the layer's projections are parts of this one.
-
-        A CPU packs them once they are loaded, and drops what it has packed: then they count as parts.
-        """
+        """Whether the weights of the layer's projections are parts of this one."""
         # vLLM's parameters are of a subclass: each attribute would go through its __torch_function__, in Python.
         with torch._C.DisableTorchFunctionSubclass():
             return all(map(_holds, _linears(layer), self.blocks))
@@ -67,7 +66,17 @@ class FusedWeight:
                 if not _holds(linear, block) and weight is not None and _fits(weight, block):
                     block.copy_(weight.data)
                     weight.data = block
-        return self.is_of(layer)
+        in_place = self.is_of(layer)
+        if not in_place:
+            for linear in _linears(layer):
+                vars(linear.quant_method).pop("process_weights_after_loading", None)
+        return in_place
+
+
+def _leave_unpacked(linear: Any) -> None:
+    """In place of what vLLM does on a CPU once a weight is loaded: it keeps a packed copy and drops the weight. A reload
+    would pack another copy, and nothing of it would reach the one weight."""
+    linear.cpu_linear = torch.nn.functional.linear
 
 
 def _linears(layer: Any) -> tuple[Any, Any]:
@@ -82,8 +91,6 @@ def _holds(linear: Any, block: torch.Tensor) -> bool:
     weight = linear._parameters.get("weight")
     if weight is None or linear._parameters.get("bias") is not None:
         return False
-    if not weight.numel():
-        return getattr(linear, "cpu_linear", None) is not None
     return _fits(weight, block) and weight.data_ptr() == block.data_ptr() and weight.stride() == block.stride()
 
 
