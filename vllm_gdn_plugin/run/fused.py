@@ -74,8 +74,8 @@ class FusedWeight:
 
 
 def _leave_unpacked(linear: Any) -> None:
-    """In place of what vLLM does on a CPU once a weight is loaded: it keeps a packed copy and drops the weight. A reload
-    would pack another copy, and nothing of it would reach the one weight."""
+    """In place of what vLLM does on a CPU once a weight is loaded: it keeps a packed copy, and drops the weight. A
+    reload would pack another copy, and nothing of it would reach the one weight."""
     linear.cpu_linear = torch.nn.functional.linear
 
 
