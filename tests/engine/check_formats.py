@@ -13,7 +13,9 @@ import argparse
 import json
 import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,33 @@ def answer(ask: Any, directory: Path, flags: dict[str, Any]) -> Any:
     return {"facts": [asdict(facts) for facts in alike], "strategies": [plan(facts, AUTO).strategy for facts in alike]}
 
 
+def checked(config: Any) -> dict[str, tuple[int, str, str]]:
+    """(exit status, stdout, stderr) of `check` with a Hub id in the local cache, its directory, and one that isn't."""
+    from huggingface_hub import constants
+
+    from vllm_gdn_plugin.cli.main import main as command
+
+    cache = Path(constants.HF_HUB_CACHE) / "models--tiny--gdn"
+    snapshot = cache / "snapshots" / "abc"
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (snapshot / "config.json").write_text(json.dumps(config))
+    (cache / "refs").mkdir(exist_ok=True)
+    (cache / "refs" / "v2").write_text("abc")
+    options = {
+        "id": ["tiny/gdn", "--revision", "v2"],
+        "directory": [str(snapshot)],
+        "file": [str(snapshot / "config.json")],
+        "unknown": ["tiny/unknown"],
+        "refused": [str(snapshot), "--quantization", "brand_new"],
+    }
+    found = {}
+    for name, model in options.items():
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as errors:
+            code = command(["check", "--json", "--dtype", "float16", "--model", *model])
+        found[name] = code, out.getvalue(), errors.getvalue()
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -274,7 +303,11 @@ def main() -> None:
             if name.startswith("gptq") or "headers" in name:
                 write_weights(directory, layers)
             answers[f"{name} | {model}"] = {f.__name__: answer(f, directory, flags) for f in (told, constructed)}
-    args.output.write_text(json.dumps({"vllm": vllm.__version__, "torch": torch.__version__, "answers": answers}))
+    del os.environ["VLLM_PLUGINS"]
+    os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = "fused"
+    commands = checked(config_of(MODELS[0]))
+    versions = {"vllm": vllm.__version__, "torch": torch.__version__}
+    args.output.write_text(json.dumps(versions | {"answers": answers, "commands": commands}))
 
 
 if __name__ == "__main__":

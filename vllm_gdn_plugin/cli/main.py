@@ -119,7 +119,7 @@ def _gigabytes(text: str) -> float:
 def _check(options: argparse.Namespace) -> int:
     # vLLM logs to stdout by default; the report alone belongs there.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         if options.vllm_version is None and options.vllm_source is None:

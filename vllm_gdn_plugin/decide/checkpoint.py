@@ -23,8 +23,8 @@ class Unreadable(ValueError):
     """There is no usable config.json, or it is not that of a model with GDN layers."""
 
 
-class Undecidable(ValueError):
-    """The model can be read, but what vLLM builds of it cannot be told."""
+class Undecidable(Exception):
+    """The model can be read, but what vLLM builds of it cannot be told. No ValueError, which pydantic would catch."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def find_directory(model: str, revision: str | None = None) -> Path:
 
 def _snapshot(model: str, revision: str | None) -> Path:
     try:
-        from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
     except ImportError:
         raise Unreadable(f"there is no such path: {TAKES}, and an id needs vLLM") from None
@@ -167,6 +167,7 @@ def _snapshot(model: str, revision: str | None) -> Path:
     if isinstance(failed, HFValidationError):
         raise Unreadable(f"there is no such path: {TAKES}")
     if thread.is_alive() or failed:
+        constants.HF_HUB_OFFLINE = True  # so that nothing else in this process waits for it again
         config = try_to_load_from_cache(model, "config.json", revision=revision)
     else:
         config = str(came[0])

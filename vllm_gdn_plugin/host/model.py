@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 from typing import Any
 
@@ -176,7 +177,8 @@ def _headers_of_weights(model: str, revision: str | None) -> Iterator[None]:
         headers = originals[0](directory, **revisions) if local else originals[0](model, revision=revision)
         if not headers:
             raise Undecidable(
-                f"the config does not list the quantised modules, and there are no weights of {model} here"
+                "its configuration does not list the quantised modules, and there are no headers of weights to tell"
+                f" them by: name a directory that has the weights ({model} gives none)"
             )
         return headers
 
@@ -193,4 +195,4 @@ def _in_short(error: BaseException) -> str:
     """Why vLLM raised it, in one line; pydantic puts a class before it and a link behind it."""
     errors = getattr(error, "errors", None)
     text = errors()[0]["msg"] if callable(errors) else f"{type(error).__name__}: {error}"
-    return " ".join(text.removeprefix("Value error, ").split())
+    return shorten(text.removeprefix("Value error, "), 300, placeholder=" ...")
