@@ -19,7 +19,7 @@ from vllm_gdn_plugin.decide.decode import why_no_kernel
 from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
 from vllm_gdn_plugin.decide.plan import AUTO, FUSED, SERIAL, plan
 from vllm_gdn_plugin.host import facts, imports, layers, process
-from vllm_gdn_plugin.report import Record, Refused, ledger, stepping_aside, summarised
+from vllm_gdn_plugin.report import Record, Refused, ledger, stepping_aside, summarised, unexpected
 from vllm_gdn_plugin.settings import Settings, read_settings, variable
 from vllm_gdn_plugin.versions import judge_version
 
@@ -88,10 +88,7 @@ def adopt(settings: Settings, platform: str, no_kernel: str | None, stock: Any, 
         record = ledger.construct(layer)
         record.facts = facts.layer_facts(layer, platform)
         chosen = plan(record.facts, settings.strategy)
-        record.no_kernel = no_kernel
-        if not no_kernel:
-            record.decode_facts = facts.decode_facts(layer, record.facts)
-            record.no_kernel = why_no_kernel(record.decode_facts, settings.decode_kernel, settings.strategy)
+        record.no_kernel = no_kernel or plan_decode(settings, layer, record)
         if record.no_kernel and settings.decode_kernel == "1" and settings.strict:
             raise Refused(f"no decode kernel: {record.no_kernel}")
         if chosen.strategy == SERIAL and record.no_kernel:
@@ -108,6 +105,16 @@ def adopt(settings: Settings, platform: str, no_kernel: str | None, stock: Any, 
         adopted = record.loading = True
     if not adopted:
         become(layer, stock)
+
+
+def plan_decode(settings: Settings, layer: Any, record: Record) -> str | None:
+    """Why the layer has no decode kernel, or None. What fails here does not touch the plan for the projections."""
+    assert record.facts is not None
+    try:
+        record.decode_facts = facts.decode_facts(layer, record.facts)
+    except Exception as error:
+        return unexpected(error)
+    return why_no_kernel(record.decode_facts, settings.decode_kernel, settings.strategy)
 
 
 def loaded(settings: Settings, stock: Any, record: Record, layer: Any) -> None:

@@ -104,6 +104,9 @@ class QwenGatedDeltaNetAttention:
         mixed_qkv = causal_conv1d_update(mixed_qkv, conv_state, self.conv1d.weight)
         fused_recurrent_gated_delta_rule_packed_decode(mixed_qkv=mixed_qkv, a=a, b=b, out=core_attn_out)
 
+    def _rms_norm_gated_cuda(self, x, output_gate, out):
+        layer_norm_fwd(x, self.norm.weight, z=output_gate, out=out)
+
     def _forward_core_fused_norm_packed(self, mixed_qkvz, ba, core_attn_out):
         self._forward_core(mixed_qkvz, *self.split_ba(ba), core_attn_out)
 
@@ -121,6 +124,11 @@ class GDNAttentionMetadata:
     non_spec_state_indices_tensor: object = None
     spec_sequence_masks: object = None
 """
+
+HELPERS = {
+    "vllm.forward_context": "class ForwardContext:\n    attn_metadata: object\n    cudagraph_runtime_mode: object\n",
+    "vllm.model_executor.layers.mamba.mamba_utils": "def is_conv_state_dim_first(): ...\n",
+}
 
 BREACHES = {
     "an older vLLM": ("def _forward_core_fused_norm_packed", "def _other", "no packed branch"),
@@ -149,7 +157,8 @@ def sources(tmp_path: Path) -> Callable[..., Path]:
     """`sources(layer, metadata)` is a package `vllm` with these two modules."""
 
     def write(layer: str = LAYER, metadata: str = METADATA) -> Path:
-        for module, text in {next(iter(GDN_CLASSES)): layer, "vllm.v1.attention.backends.gdn_attn": metadata}.items():
+        own = {next(iter(GDN_CLASSES)): layer, "vllm.v1.attention.backends.gdn_attn": metadata}
+        for module, text in (HELPERS | own).items():
             file = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
@@ -174,6 +183,13 @@ def test_a_metadata_field_that_is_gone_is_named(sources: Callable[..., Path], fi
     assert why_no_decode_kernel(sources(metadata=METADATA.replace(f"    {field}:", "    other:"))) == (
         f"GDNAttentionMetadata has no {field}"
     )
+
+
+@pytest.mark.parametrize("module", HELPERS)
+def test_a_helper_that_is_gone_is_named(sources: Callable[..., Path], tmp_path: Path, module: str) -> None:
+    package = sources()
+    tmp_path.joinpath(*module.split(".")).with_suffix(".py").write_text("")
+    assert f"there is no {module}." in (why_no_decode_kernel(package) or "")
 
 
 def test_sources_that_cannot_be_read(sources: Callable[..., Path], tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ Nothing is imported and no GPU is needed: the same check runs before anything is
 import ast
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -114,7 +114,7 @@ def check_contract(package: "Traversable") -> Contract:
             return Contract(module, class_name, (f"there is {found} class {class_name} in {module}{renamed}",))
         breaches = _layer_breaches(classes[0])
         superseded = _overlaps_by_itself(classes[0])
-        breaches += [*_missing_helpers(package), *_construction_breaches(package)]
+        breaches += [*missing_helpers(package, HELPERS), *_construction_breaches(package)]
         return Contract(module, class_name, tuple(breaches), superseded)
     except UNREADABLE as error:
         why = f"{type(error).__name__}: {error}"
@@ -138,8 +138,9 @@ def parse(package: "Traversable", module: str) -> ast.Module:
     return ast.parse(_file(package, module).read_text(encoding="utf-8"))
 
 
-def _missing_helpers(package: "Traversable") -> Iterator[str]:
-    for module, names in HELPERS.items():
+def missing_helpers(package: "Traversable", helpers: Mapping[str, tuple[str, ...]]) -> Iterator[str]:
+    """What of ``helpers``, names by module, these sources do not define."""
+    for module, names in helpers.items():
         try:
             defined = _definitions(parse(package, module))
         except UNREADABLE:

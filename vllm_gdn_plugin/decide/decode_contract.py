@@ -7,7 +7,7 @@ import ast
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from vllm_gdn_plugin.decide.contract import GDN_CLASSES, UNREADABLE, layer_module, parse
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES, UNREADABLE, layer_module, missing_helpers, parse
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -23,6 +23,7 @@ SIGNATURES = {
     PACKED_CORE: ["self", "mixed_qkvz", "ba", "core_attn_out"],
     "_forward_core": ["self", "mixed_qkv", "b", "a", "core_attn_out"],
     DECODE: ["self", "mixed_qkv", "b", "a", "core_attn_out", "attn_metadata"],
+    "_rms_norm_gated_cuda": ["self", "x", "output_gate", "out"],
     "split_ba": ["self", "ba"],
 }
 
@@ -30,6 +31,12 @@ KERNELS = ("causal_conv1d_update", "fused_recurrent_gated_delta_rule_packed_deco
 """What vLLM decodes with, one after the other."""
 
 PURE_DECODE = ("spec_sequence_masks is None", "num_prefills == 0", "num_decodes > 0")
+HELPERS = {
+    "vllm.forward_context": ("ForwardContext.attn_metadata", "ForwardContext.cudagraph_runtime_mode"),
+    "vllm.model_executor.layers.mamba.mamba_utils": ("is_conv_state_dim_first",),
+}
+"""What the kernel's side calls in vLLM, besides the layer and what the projections call."""
+
 METADATA = ("spec_sequence_masks", "num_prefills", "num_decodes", "num_actual_tokens", "non_spec_state_indices_tensor")
 METADATA_MODULE = "vllm.v1.attention.backends.gdn_attn"
 
@@ -44,9 +51,10 @@ def why_no_decode_kernel(package: "Traversable") -> str | None:
         classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == GDN_CLASSES[module]]
         if len(classes) != 1:
             return f"there is not one class {GDN_CLASSES[module]}"
-        return next(_breaches(classes[0], tree, parse(package, METADATA_MODULE)), None)
+        breach = next(_breaches(classes[0], tree, parse(package, METADATA_MODULE)), None)
+        return breach or next(missing_helpers(package, HELPERS), None)
     except UNREADABLE as error:
-        return f"its source cannot be read: {type(error).__name__}: {error}"
+        return f"the source of {module} or {METADATA_MODULE} cannot be read: {type(error).__name__}"
 
 
 def _breaches(layer: ast.ClassDef, module: ast.Module, metadata: ast.Module) -> Iterator[str]:

@@ -30,7 +30,7 @@ class ScratchLayer:
         qkv = layer.conv1d.weight.shape[0]
         self.value_heads, self.dim = layer.A_log.shape[0], layer.head_v_dim
         self.key_heads = (qkv // self.dim - self.value_heads) // 2
-        self.conv1d = SimpleNamespace(weight=like(layer.conv1d.weight), bias=None)
+        self.conv1d = SimpleNamespace(weight=like(layer.conv1d.weight) / 4, bias=None)
         self.A_log, self.dt_bias = like(layer.A_log).abs().log(), like(layer.dt_bias)
         self.norm = SimpleNamespace(
             weight=like(layer.norm.weight),
@@ -45,6 +45,7 @@ class ScratchLayer:
         self.kv_cache = new(slots, 3, qkv, dtype=conv_dtype), ssm
         self.gdn = SimpleNamespace(decode=Decode(counters_for(tokens, self.key_heads, device)))
         self.qkvz = new(tokens, qkv + heads * self.dim, dtype=conv_dtype)
+        """[q | k | v | z]. vLLM's conv1d writes its result over the first three."""
         self.ba = new(tokens, 2 * heads, dtype=conv_dtype)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,8 +59,8 @@ class ScratchLayer:
         b, a = self.ba[:n].chunk(2, dim=-1)
         run_kernel(self, self.qkvz[:n], b, a, *self.kv_cache, state_indices, out[:n])
 
-    def decode_by_vllm(self, stock: Any, state_indices: torch.Tensor, out: torch.Tensor) -> None:
-        """What a layer with the kernel runs where it is slower: vLLM's two kernels, and the norm."""
+    def decode_by_vllm(self, stock: Any, state_indices: torch.Tensor, out: torch.Tensor, norm: bool = True) -> None:
+        """What a layer with the kernel runs where it is slower: vLLM's two kernels, and the norm of the plugin."""
         n = len(state_indices)
         b, a = torch.stack(self.ba[:n].chunk(2, dim=-1))
         metadata = SimpleNamespace(num_actual_tokens=n, non_spec_state_indices_tensor=state_indices)
@@ -67,26 +68,41 @@ class ScratchLayer:
         stock._forward_core_decode_non_spec(
             self, mixed_qkv=qkv, b=b, a=a, core_attn_out=out[:n], attn_metadata=metadata
         )
-        normalise(self, out[:n].flatten(-2), self.qkvz[:n])
+        if norm:
+            normalise(self, out[:n].flatten(-2), self.qkvz[:n])
+
+    def normalise_by_vllm(self, stock: Any, out: torch.Tensor) -> None:
+        gate = self.qkvz[:, self.conv1d.weight.shape[0] :].view_as(out)
+        stock._rms_norm_gated_cuda(self, out, gate, out)
 
 
 def why_wrong(stock: Any, layer: Any) -> str | None:
-    """Why the kernel is not trusted with such layers on this GPU, or None where some steps agree with vLLM's."""
-    ours, theirs = (ScratchLayer(layer, TOKENS + 2, TOKENS) for _ in range(2))
+    """Why the kernel is not trusted with such layers on this GPU, or None where some steps agree with vLLM's.
+
+    So does the norm that runs where the kernel does not, see :mod:`vllm_gdn_plugin.run.gated_norm`.
+    """
+    ours, theirs, others = (ScratchLayer(layer, TOKENS + 2, TOKENS) for _ in range(3))
+    own = torch.Generator(layer.A_log.device).manual_seed(1)
     indices = torch.tensor([3, TOKENS + 1, 0, 1, 4], dtype=torch.int32, device=layer.A_log.device)  # 0 is padding
-    results = ours.empty_output(), theirs.empty_output()
+    our, their, other = ours.empty_output(), theirs.empty_output(), others.empty_output()
     with torch.inference_mode():
         for _ in range(STEPS):
-            ours.decode_by_kernel(indices, results[0])
-            theirs.decode_by_vllm(stock, indices, results[1])
+            ours.qkvz.normal_(generator=own)
+            theirs.qkvz.copy_(ours.qkvz)
+            others.qkvz.copy_(ours.qkvz)
+            ours.decode_by_kernel(indices, our)
+            theirs.decode_by_vllm(stock, indices, their, norm=False)
+            theirs.normalise_by_vllm(stock, their)
+            others.decode_by_vllm(stock, indices, other)
     compared = {
-        "output": results,
-        "conv state": (ours.kv_cache[0], theirs.kv_cache[0]),
-        "recurrent state": (ours.kv_cache[1], theirs.kv_cache[1]),
+        "its output": (our, their),
+        "its conv state": (ours.kv_cache[0], theirs.kv_cache[0]),
+        "its recurrent state": (ours.kv_cache[1], theirs.kv_cache[1]),
+        "the norm beside it": (other, their),
     }
-    for name, (our, their) in compared.items():
-        error = float((our.double() - their.double()).norm() / their.double().norm())
-        allowed = 0.0 if name == "conv state" else TOLERANCE[our.dtype]
+    for name, (one, another) in compared.items():
+        error = float((one.double() - another.double()).norm() / another.double().norm())
+        allowed = 0.0 if name == "its conv state" else TOLERANCE[one.dtype]
         if not error <= allowed:  # also where it is no number
-            return f"its {name} differs from vLLM's by {error:.1e} of its norm, where {allowed:.0e} is allowed"
+            return f"{name} differs from vLLM's by {error:.1e} of its norm, where {allowed:.0e} is allowed"
     return None
