@@ -135,7 +135,7 @@ def _linear(quant_config: Any, prefix: str, hidden_size: int, output_sizes: list
 
 
 def _keeps_ba_whole(quant_config: Any, interleaved: bool) -> bool:
-    """Whether every tensor-parallel rank has all of ``in_proj_ba``, as vLLM's layer class decides; in 0.20 it never does."""
+    """Whether every tensor-parallel rank has all of ``in_proj_ba``, as vLLM's layer class decides; 0.20's doesn't."""
     classes = (getattr(sys.modules.get(module), name, None) for module, name in GDN_CLASSES.items())
     rules = [rule for rule in (getattr(known, "maybe_disable_tp", None) for known in classes) if rule]
     return any(rule(SimpleNamespace(gqa_interleaved_layout=interleaved), quant_config) for rule in rules)
