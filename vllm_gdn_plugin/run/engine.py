@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
+
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM
 from vllm_gdn_plugin.host import streams
 from vllm_gdn_plugin.report import Record, unexpected, warn_once
@@ -79,7 +81,10 @@ def settle_decode(stock: Any, records: Iterable[Record], everywhere: bool) -> st
 def _why_wrong(stock: Any, layer: Any) -> str | None:
     from vllm_gdn_plugin.run.proof import why_wrong  # needs Triton, which vLLM has on a GPU
 
-    return why_wrong(stock, layer)
+    try:
+        return why_wrong(stock, layer)
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _counters(layer: Any) -> Any:

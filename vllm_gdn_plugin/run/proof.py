@@ -44,9 +44,11 @@ class ScratchLayer:
         ssm = new(slots, heads, self.dim, self.dim, dtype=ssm_dtype)
         self.kv_cache = new(slots, 3, qkv, dtype=conv_dtype), ssm
         self.gdn = SimpleNamespace(decode=Decode(counters_for(tokens, self.key_heads, device)))
-        self.qkvz = new(tokens, qkv + heads * self.dim, dtype=conv_dtype)
-        """[q | k | v | z]. vLLM's conv1d writes its result over the first three."""
-        self.ba = new(tokens, 2 * heads, dtype=conv_dtype)
+        sizes, fused = [qkv + heads * self.dim, 2 * heads], layer.gdn.fused
+        outputs = sum(sizes) if fused is None else fused.weight.shape[0]
+        both = new(tokens, outputs, dtype=conv_dtype).split([*sizes, outputs - sum(sizes)], dim=-1)
+        self.qkvz, self.ba = both[:2] if fused is not None else (part.contiguous() for part in both[:2])
+        """[q | k | v | z] and [b | a], as the layer's projections give them. vLLM's conv1d writes over q, k and v."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)

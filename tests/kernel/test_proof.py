@@ -1,0 +1,96 @@
+"""The kernel proves itself: it is trusted where a host that computes the same agrees, and nowhere else."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="the plugin's ops are registered with vLLM's help")
+
+HEADS, KEY_HEADS, DIM = 4, 2, 128
+QKV = (2 * KEY_HEADS + HEADS) * DIM
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Stock:
+    """vLLM's decode, written out in float32."""
+
+    decay = 1.0
+
+    @classmethod
+    def _forward_core_decode_non_spec(
+        cls, layer: Any, mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any, attn_metadata: Any
+    ) -> None:
+        weight = layer.conv1d.weight.float().view(QKV, 4)
+        for token, slot in enumerate(attn_metadata.non_spec_state_indices_tensor.tolist()):
+            if slot <= 0:
+                continue
+            conv, state = layer.kv_cache[0][slot], layer.kv_cache[1][slot]
+            taps = torch.cat([conv, mixed_qkv[token, None]])
+            y = torch.nn.functional.silu((taps.float() * weight.T).sum(0)).bfloat16().float()
+            conv.copy_(taps[1:].clone())
+            mixed_qkv[token] = y.bfloat16()  # as vLLM does
+            q, k, v = y[: KEY_HEADS * DIM], y[KEY_HEADS * DIM : 2 * KEY_HEADS * DIM], y[2 * KEY_HEADS * DIM :]
+            q, k = (t.view(KEY_HEADS, DIM) for t in (q, k))
+            q, k = (t / (t.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for t in (q, k))
+            q, k = (t.repeat_interleave(HEADS // KEY_HEADS, 0) for t in (q * DIM**-0.5, k))
+            gate = torch.nn.functional.softplus(a[token].float() + layer.dt_bias.float())
+            h = state.float() * (cls.decay * -layer.A_log.exp() * gate).exp()[:, None, None]
+            new = (v.view(HEADS, DIM) - (h * k[:, None]).sum(-1)) * b[token].float().sigmoid()[:, None]
+            h += new[:, :, None] * k[:, None]
+            state.copy_(h)
+            core_attn_out[token] = (h * q[:, None]).sum(-1)
+
+    @staticmethod
+    def _rms_norm_gated_cuda(layer: Any, x: Any, output_gate: Any, out: Any) -> None:
+        y = x.float() / (x.float().pow(2).mean(-1, keepdim=True) + layer.norm.eps).sqrt() * layer.norm.weight
+        out.copy_(y * torch.nn.functional.silu(output_gate.float()))
+
+
+def make_layer(state_dtype: torch.dtype, rows: int | None) -> Any:
+    """What the proof asks of a layer; with `rows` it is fused."""
+    fused = None if rows is None else SimpleNamespace(weight=torch.empty(rows, 1))
+    return SimpleNamespace(
+        A_log=torch.empty(HEADS, device=DEVICE),
+        dt_bias=torch.empty(HEADS, dtype=torch.bfloat16, device=DEVICE),
+        conv1d=SimpleNamespace(weight=torch.empty(QKV, 1, 4, dtype=torch.bfloat16, device=DEVICE)),
+        norm=SimpleNamespace(weight=torch.empty(DIM, device=DEVICE), eps=1e-6, activation="silu"),
+        head_v_dim=DIM,
+        gdn=SimpleNamespace(fused=fused),
+        get_state_dtype=lambda: (torch.bfloat16, state_dtype),
+    )
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "rows"),
+    [(torch.float32, None), (torch.bfloat16, QKV + HEADS * DIM + 2 * HEADS + 8)],
+    ids=["apart", "fused"],
+)
+def test_trusted_where_the_host_agrees(state_dtype: torch.dtype, rows: int | None) -> None:
+    from vllm_gdn_plugin.run.proof import why_wrong
+
+    assert why_wrong(Stock, make_layer(state_dtype, rows)) is None
+
+
+def test_not_trusted_where_the_host_computes_something_else() -> None:
+    from vllm_gdn_plugin.run.proof import why_wrong
+
+    class Other(Stock):
+        decay = 1.05
+
+    reason = why_wrong(Other, make_layer(torch.float32, None))
+    assert reason is not None
+    assert "differs from vLLM's by" in reason
+
+
+def test_the_norm_beside_the_kernel_is_proven_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_gdn_plugin.run import gated_norm, proof
+
+    real = gated_norm.gated_norm
+    monkeypatch.setattr(
+        gated_norm, "gated_norm", lambda core, gate, weight, eps, sigmoid: real(core, gate, weight, 1.0, sigmoid)
+    )
+    reason = proof.why_wrong(Stock, make_layer(torch.float32, None))
+    assert reason is not None
+    assert reason.startswith("the norm beside it differs")
