@@ -101,6 +101,7 @@ def run_kernel(
     from vllm_gdn_plugin.run.decode_kernel import decode, variant_for  # needs Triton, which vLLM has on a GPU
 
     weight = layer.conv1d.weight
+    key_heads = (weight.shape[0] // out.shape[2] - out.shape[1]) // 2
     decode(
         mixed_qkvz,
         b,
@@ -116,7 +117,7 @@ def run_kernel(
         layer.gdn.decode.counters,
         eps=layer.norm.eps,
         gate=layer.norm.activation,
-        variant=variant_for(b.shape[0], ssm_state.dtype),
+        variant=variant_for(len(b), key_heads),
     )
 
 

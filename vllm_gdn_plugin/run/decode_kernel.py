@@ -3,10 +3,19 @@
 It computes what vLLM computes for a pure decode batch with ``causal_conv1d_update`` (width 4, SiLU, no bias),
 ``fused_recurrent_gated_delta_rule_packed_decode`` (l2norm of q and k in the kernel) and the gated RMSNorm, and rounds
 where they round: the conv's products and result, and the recurrence's output, to bfloat16.
+
+A program has the whole state of a value head pass through its registers: read once, written once, and the head's
+output is complete there, so that the norm needs no kernel of its own. Nearly all of the traffic is that state.
+
+Two variants share the code and give the same bits. With few tokens every value head is a program of its own (``FEW``):
+the GPU has room for all of them. The value heads of a key head then read the same q and k channels, whose conv state
+has to move on by a token, but not before all have read it: so they count, and the last one moves it. With many tokens
+a program takes a key head with all of its value heads (``MANY``): q and k are read and convolved once, nothing is
+counted, and the next rows of the state are on their way while these are worked on.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import triton
@@ -16,6 +25,14 @@ HEAD_DIM = 128
 """Keys and values of a head."""
 CONV_WIDTH = 4
 """Taps of conv1d; its state is the last three of its inputs."""
+WARPS = 4
+"""Of a program. With more, two threads would hold the same channel of q or k."""
+CHUNK_BYTES = 128
+"""Of the 128 keys of a row of the state, what 8 threads load together, 16 bytes each. They add up their own products
+before they exchange sums: 3 times a row, where 32 threads a row would do it 5 times, each for a quarter of the rows."""
+ENOUGH_PROGRAMS = 256
+"""So many key heads keep a GPU busy: about two for each of an H200's 132 multiprocessors. There, 27B (16 key heads,
+float32 state), FEW and MANY take 14.5 and 16.4 us with 4 tokens, 38.1 and 35.6 with 16."""
 
 _DIM = tl.constexpr(HEAD_DIM)
 _TAPS = tl.constexpr(CONV_WIDTH)
@@ -24,47 +41,21 @@ _SCALE = tl.constexpr(HEAD_DIM**-0.5)
 
 @dataclass(frozen=True)
 class Variant:
-    """How the work is spread over the GPU. Results differ by rounding at most."""
+    """How the work is spread over the GPU."""
 
-    key_head: bool = False
-    """A program takes a key head with all of its value heads, one after the other; else a single value head. Then
-    the last program to have read the q and k channels moves their conv state, which takes counters."""
-    warps: int = 4
-    """At most 4: with more, two threads of a program would hold the same channel."""
-    rows: int = HEAD_DIM
+    key_head: bool
+    """A program takes a key head with all of its value heads, one after the other; else a single value head."""
+    rows: int
     """Values of the recurrent state that a program works on at a time."""
-    lanes: int = 8
-    """Threads, with 16 bytes each, that share a row of 128 keys. The fewer they are, the more of a sum over the keys
-    they add up by themselves before they exchange it: 8 exchange 3 times a row, 32 do it 5 times for a quarter of the
-    rows each."""
-    prefetch: bool = False
-    """Load the next rows, into registers, before the work on these."""
-    stages: int = 1
-    """From 3 on, so many rows less one are on their way at a time, through shared memory."""
-    state_first: bool = True
-    """Load the state before what the projections give."""
-    count_late: bool = False
-    """Count a reader of the q and k channels at its end, not once it has read."""
-    evict_first: bool = False
-    """Tell the caches that the state is used once."""
-    pdl: bool = False
-    """Programmatic dependent launch, from sm_90 on: start, and read the slots and the states, while the kernel before
-    ends. That one must not write them; the projections' GEMM does not."""
-
-    def counts(self, key_heads: int, value_heads: int) -> bool:
-        """Whether :func:`decode` needs counters for so many heads."""
-        return not self.key_head and value_heads > key_heads
 
 
-FEW = Variant()
-"""For a few tokens: as many programs as there are."""
-MANY = Variant(key_head=True, rows=32, stages=3)
-"""For more tokens: the q and k channels once, the state through shared memory."""
+FEW = Variant(key_head=False, rows=HEAD_DIM)
+MANY = Variant(key_head=True, rows=32)
 
 
-def variant_for(num_tokens: int, state_dtype: torch.dtype) -> Variant:
-    """The variant for a batch of so many tokens and a recurrent state of that dtype."""
-    return FEW if num_tokens <= 16 else MANY
+def variant_for(num_tokens: int, key_heads: int) -> Variant:
+    """The faster variant for a batch of so many tokens and a layer with so many key heads (of this rank)."""
+    return MANY if num_tokens * key_heads >= ENOUGH_PROGRAMS else FEW
 
 
 def counters_for(num_tokens: int, key_heads: int, device: torch.device | str) -> torch.Tensor:
@@ -116,23 +107,6 @@ def _shift(state, channel, there, rows, x, ROW: tl.constexpr):  # type: ignore[n
     tl.store(state + 2 * ROW + channel, x, there)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _shift_qk(  # type: ignore[no-untyped-def]
-    counter, squares, state, q_channel, q_rows, q, k_channel, k_rows, k, ROW: tl.constexpr, READERS: tl.constexpr
-):
-    """The conv state of q and k a step later; of several programs that read it, the last one does it.
-
-    What is counted is a read, and no program has to see what another wrote: so the count can be relaxed. But nothing
-    may be counted before all threads have read: so the number added comes from a sum over what they read.
-    """
-    last = True
-    if READERS > 1:
-        last = tl.atomic_add(counter, tl.where(squares < 0, 0, 1), sem="relaxed") == READERS - 1
-        tl.store(counter, 0, last)
-    _shift(state, q_channel, last, q_rows, q, ROW)
-    _shift(state, k_channel, last, k_rows, k, ROW)
-
-
 @triton.jit
 def _add(a0, b0, a1, b1):  # type: ignore[no-untyped-def]
     return a0 + a1, b0 + b1
@@ -168,12 +142,6 @@ def _decode(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SIGMOID: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    STAGES: tl.constexpr,
-    STATE_FIRST: tl.constexpr,
-    COUNT_LATE: tl.constexpr,
-    EVICTION: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     GROUP: tl.constexpr = HV // H  # value heads of a key head
     READERS: tl.constexpr = GROUP // HEADS  # programs that share q and k channels
@@ -182,7 +150,6 @@ def _decode(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr = HEADS * PARTS
     PADDED_TILES: tl.constexpr = PADDED_HEADS * PARTS
     CHUNKS: tl.constexpr = _DIM // KEYS  # the state's tile is (chunk, row, key): a thread gets all chunks of a key
-    EARLY: tl.constexpr = PREFETCH or TILES == 1  # the first rows of the state are loaded before the loop
 
     token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     first_head = tl.program_id(0) % PROGRAMS * HEADS
@@ -195,8 +162,6 @@ def _decode(  # type: ignore[no-untyped-def]
     wide_there = (head < HEADS) & (wide >= 0)
     out += token * out_stride
     if slot <= 0:  # padding
-        if PDL:
-            tl.extra.cuda.gdc_wait()
         tl.store(out + wide, tl.zeros([PADDED_HEADS, _DIM], out.dtype.element_ty), wide_there)
         return
 
@@ -214,8 +179,8 @@ def _decode(  # type: ignore[no-untyped-def]
     v_channel = 2 * H * _DIM + value
     ssm_state += slot * SSM_SLOT + first_head * _DIM * _DIM
     ssm_state += row[None, :, None] * _DIM + chunk[:, None, None] * KEYS + key[None, None, :]
-    if EARLY and STATE_FIRST:
-        state = tl.load(ssm_state, eviction_policy=EVICTION)
+    if TILES > 1:
+        state = tl.load(ssm_state)
     conv_state += slot * CONV_SLOT
     q_rows, q_taps = _rows_and_taps(conv_state, conv_weight, q_channel, None, CONV_ROW)
     k_rows, k_taps = _rows_and_taps(conv_state, conv_weight, k_channel, None, CONV_ROW)
@@ -224,9 +189,6 @@ def _decode(  # type: ignore[no-untyped-def]
     bias = tl.load(dt_bias + tile_head, tile_there).to(tl.float32)
     scale = tl.load(norm_weight + tl.arange(0, _DIM)).to(tl.float32)
 
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     mixed_qkvz += token * qkvz_stride
     q_in = tl.load(mixed_qkvz + q_channel)
     k_in = tl.load(mixed_qkvz + k_channel)
@@ -234,8 +196,8 @@ def _decode(  # type: ignore[no-untyped-def]
     a_in = tl.load(a + token * a_stride + tile_head, tile_there).to(tl.float32)
     b_in = tl.load(b + token * b_stride + tile_head, tile_there).to(tl.float32)
     z = tl.load(mixed_qkvz + (2 * H + HV) * _DIM + wide, wide_there).to(tl.float32)
-    if EARLY and not STATE_FIRST:
-        state = tl.load(ssm_state, eviction_policy=EVICTION)
+    if TILES == 1:  # all of the state at once: what conv1d waits for goes first
+        state = tl.load(ssm_state)
 
     q = _conv(q_rows, q_in, q_taps)
     k = _conv(k_rows, k_in, k_taps)
@@ -250,23 +212,27 @@ def _decode(  # type: ignore[no-untyped-def]
 
     tl.debug_barrier()  # several threads may have to read a channel
     _shift(conv_state, v_channel, value_there, v_rows, v_in, CONV_ROW)
-    counter = counters + token * H + key_head if READERS > 1 else counters
-    squares = q_squares + k_squares
-    if not COUNT_LATE:
-        _shift_qk(counter, squares, conv_state, q_channel, q_rows, q_in, k_channel, k_rows, k_in, CONV_ROW, READERS)
+    last = True
+    if READERS > 1:
+        # Relaxed, since no program has to see what another wrote. But none may count before all of its threads have
+        # read: so what it adds comes from a sum over all that they read.
+        counter = counters + token * H + key_head
+        last = tl.atomic_add(counter, tl.where(q_squares + k_squares < 0, 0, 1), sem="relaxed") == READERS - 1
+        tl.store(counter, 0, last)
+    _shift(conv_state, q_channel, last, q_rows, q_in, CONV_ROW)
+    _shift(conv_state, k_channel, last, k_rows, k_in, CONV_ROW)
+
     o = tl.zeros([PADDED_TILES, ROWS], tl.float32)
-    for t in tl.range(TILES, num_stages=STAGES):
+    for t in tl.range(TILES, num_stages=1):
         here = tile == t
-        if not EARLY:
-            state = tl.load(ssm_state + t * ROWS * _DIM, eviction_policy=EVICTION)
         h = state.to(tl.float32) * tl.sum(tl.where(here, decay, 0.0))
-        if PREFETCH:
-            state = tl.load(ssm_state + (t + 1) * ROWS * _DIM, t + 1 < TILES, eviction_policy=EVICTION)
+        if TILES > 1:
+            state = tl.load(ssm_state + (t + 1) * ROWS * _DIM, t + 1 < TILES)
         new = tl.sum(tl.where(here[:, None], v, 0.0), 0) - tl.sum(tl.sum(h * k, 0), 1)
         new *= tl.sum(tl.where(here, beta, 0.0))
         h += new[None, :, None] * k
         o = tl.where(here[:, None], tl.sum(tl.sum(h * q, 0), 1)[None, :], o)
-        tl.store(ssm_state + t * ROWS * _DIM, h.to(ssm_state.dtype.element_ty), eviction_policy=EVICTION)
+        tl.store(ssm_state + t * ROWS * _DIM, h.to(ssm_state.dtype.element_ty))
 
     o = tl.reshape(o, [PADDED_HEADS, _DIM]).to(tl.bfloat16).to(tl.float32)
     o *= tl.rsqrt(tl.sum(o * o, 1) / _DIM + eps)[:, None] * scale[None, :]
@@ -275,8 +241,6 @@ def _decode(  # type: ignore[no-untyped-def]
     else:
         o *= z * tl.sigmoid(z)
     tl.store(out + wide, o.to(out.dtype.element_ty), wide_there)
-    if COUNT_LATE:
-        _shift_qk(counter, squares, conv_state, q_channel, q_rows, q_in, k_channel, k_rows, k_in, CONV_ROW, READERS)
 
 
 def decode(
@@ -291,7 +255,7 @@ def decode(
     state_indices: torch.Tensor,
     norm_weight: torch.Tensor,
     out: torch.Tensor,
-    counters: torch.Tensor | None,
+    counters: torch.Tensor,
     *,
     eps: float,
     gate: Literal["silu", "sigmoid"],
@@ -314,7 +278,8 @@ def decode(
         state_indices: (num_tokens,) int32, the slot of each token.
         norm_weight: (128,) bfloat16 or float32.
         out: (num_tokens, HV, 128) bfloat16, normalised and gated; any stride between tokens.
-        counters: from :func:`counters_for`, where ``variant.counts(H, HV)``; not shared by calls that may overlap.
+        counters: from :func:`counters_for`, on the same device; not shared by calls that may overlap. MANY leaves them
+            alone.
         eps: of the norm.
         gate: its activation, applied to z.
 
@@ -349,6 +314,7 @@ def decode(
         ("state_indices", state_indices, (num_tokens,), (i32,), ()),
         ("norm_weight", norm_weight, (HEAD_DIM,), (bf16, f32), (1,)),
         ("out", out, (num_tokens, value_heads, HEAD_DIM), (bf16,), (HEAD_DIM, 1)),
+        ("counters", counters, (max(num_tokens * key_heads, counters.numel()),), (i32,), (1,)),
     ):
         if (
             tensor.shape != shape
@@ -361,22 +327,12 @@ def decode(
                 f"strides {strides}: not {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides "
                 f"{tensor.stride()}"
             )
-    if variant.counts(key_heads, value_heads) and (
-        counters is None
-        or counters.numel() < num_tokens * key_heads
-        or counters.dtype != i32
-        or counters.device != mixed_qkvz.device
-        or not counters.is_contiguous()
-    ):
-        raise ValueError(f"decode takes counters_for({num_tokens} or more, {key_heads}, {mixed_qkvz.device!r})")
     if gate not in ("silu", "sigmoid"):
         raise ValueError(f"decode takes gate 'silu' or 'sigmoid': not {gate!r}")
     if not num_tokens:
         return
 
     heads = value_heads // key_heads if variant.key_head else 1
-    # Where it is not asked for, nothing is said of it: an older Triton or another platform may not know it.
-    launch: dict[str, Any] = {"launch_pdl": True} if variant.pdl else {}
     _decode[(num_tokens * (value_heads // heads),)](
         mixed_qkvz,
         b,
@@ -404,14 +360,7 @@ def decode(
         HEADS=heads,
         PADDED_HEADS=triton.next_power_of_2(heads),
         ROWS=variant.rows,
-        KEYS=min(HEAD_DIM, variant.lanes * 16 // ssm_state.element_size()),
+        KEYS=CHUNK_BYTES // ssm_state.element_size(),
         SIGMOID=gate == "sigmoid",
-        PREFETCH=variant.prefetch,
-        STAGES=variant.stages,
-        STATE_FIRST=variant.state_first,
-        COUNT_LATE=variant.count_late,
-        EVICTION="evict_first" if variant.evict_first else "",
-        PDL=variant.pdl,
-        num_warps=variant.warps,
-        **launch,
+        num_warps=WARPS,
     )
