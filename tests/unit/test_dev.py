@@ -12,12 +12,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WITHOUT_SETTING_UP = "import dev, sys; dev.set_up = lambda env: None; sys.exit(dev.main())"
+WITHOUT_SETTING_UP = """
+import dev, sys
+dev.set_up = lambda env: None
+dev.triton = lambda env: "/triton"
+sys.exit(dev.main())
+"""
 TOOL = """#!{python}
 import os, pathlib, sys, time
-name = "-".join([pathlib.Path(sys.argv[0]).name, *(a for a in sys.argv[1:] if a in ("check", "format"))])
+which = [a for a in sys.argv[1:] if a in ("check", "format", "tests/kernel") and "--ignore" not in sys.argv]
+name = "-".join([pathlib.Path(sys.argv[0]).name, *which]).replace("/", "-")
 here = pathlib.Path({here!r})
-assert "PYTHONPATH" not in os.environ
+kernel = name == "pytest-tests-kernel"
+assert os.environ.get("PYTHONPATH") == ("/triton" if kernel else None)
+assert os.environ.get("TRITON_INTERPRET") == ("1" if kernel else None)
 try:
     here.joinpath(name).write_text(" ".join(sys.argv[1:]))
     time.sleep(60 if name == os.environ.get("HANGS") else 0)
@@ -41,14 +49,22 @@ def venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-CHECKS = {"ruff-check", "ruff-format", "mypy", "pytest"}
+CHECKS = {"ruff-check", "ruff-format", "mypy", "pytest-tests-kernel", "pytest"}
 
 
-def test_all_checks_run_also_after_one_has_failed(venv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_are_those_of_one_pytest(venv: Path) -> None:
     command = [sys.executable, "-c", WITHOUT_SETTING_UP, "test", "tests/unit", "-k", "contract"]
     passed = subprocess.run(command, capture_output=True, text=True)
     assert (passed.returncode, passed.stdout.splitlines()[-1]) == (0, "dev.py: all checks passed")
     assert (venv / "pytest").read_text().endswith("tests/unit -k contract")
+    assert {path.name for path in venv.iterdir()} & CHECKS == CHECKS - {"pytest-tests-kernel"}
+
+
+def test_all_checks_run_also_after_one_has_failed(venv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, "-c", WITHOUT_SETTING_UP, "test"]
+    passed = subprocess.run(command, capture_output=True, text=True)
+    assert (passed.returncode, passed.stdout.splitlines()[-1]) == (0, "dev.py: all checks passed")
+    assert (venv / "pytest").read_text().endswith("--ignore tests/kernel")
     for name in CHECKS:
         (venv / name).unlink()
     monkeypatch.setenv("FAILS", "ruff-check")
