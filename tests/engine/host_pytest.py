@@ -31,9 +31,12 @@ def main() -> int:
     load_general_plugins()
     status = pytest.main(sys.argv[2:], plugins=[WithoutCleanup()])
     from vllm import envs
-    from vllm.model_executor.custom_op import op_registry_oot
 
-    ours = [name for name, layer in op_registry_oot.items() if getattr(layer, "is_gdn_plugin", False)]
+    from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+    from vllm_gdn_plugin.host.layers import is_built_in_place_of
+
+    known = {name: getattr(sys.modules.get(module), name, None) for module, name in GDN_CLASSES.items()}
+    ours = [name for name, stock in known.items() if stock is not None and is_built_in_place_of(stock)]
     print(f"vllm_gdn_plugin loaded: {'VLLM_GDN_PLUGIN' in envs.environment_variables}, replaced: {ours}")
     return status
 

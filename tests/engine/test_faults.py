@@ -1,5 +1,6 @@
 """Whatever goes wrong in the plugin, the engine answers as stock vLLM does, and one line says why."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from witness import BREAKS
 
 HERE = Path(__file__).parent
 ON = {"VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}
-FUSED = {"VLLM_GDN_PLUGIN_STRATEGY": "fused"}
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,13 @@ def plugin_lines(log: str) -> list[str]:
     return [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
 
 
-QUICK = ("contract", "held", "layer_facts")
-IN_AN_OP = {
-    "op, first call": "dual_stream failed and runs serially: ",
-    "op, later call": "dual_stream failed and runs serially: ",
-    "fused op, first call": "a GDN layer goes back to serial, restart to fuse again: ",
-    "fused op, later call": "a GDN layer goes back to serial, restart to fuse again: ",
+QUICK = ("contract", "layer_facts")
+STEPS = [step for step in BREAKS if step != "projection"]
+SAID = {
+    "contract": "planted breach",
+    "version guard": "vLLM 0.99.0 is newer than the supported range",
+    "layer module": "unexpected ModuleNotFoundError: import of vllm_gdn_plugin.run.layer halted",
 }
-STEPS = [step for step in BREAKS if step not in (*IN_AN_OP, "projection")]
 
 
 @pytest.mark.parametrize("step", [pytest.param(s, marks=() if s in QUICK else pytest.mark.slow) for s in STEPS])
@@ -40,57 +39,47 @@ def test_the_engine_answers_and_one_line_says_why(
     run_generate: Callable[..., Any], witness: Callable[..., Any], stock: Any, step: str
 ) -> None:
     env, _ = witness(step)
-    got = run_generate("qwen3_5", env=env | (FUSED if step.startswith("fused") else ON))
-    assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+    strategy = "fused" if step.startswith("fused") else "dual_stream"
+    got = run_generate("qwen3_5", env=env | {"VLLM_GDN_PLUGIN_STRATEGY": strategy})
+    assert got["token_ids"] == stock["token_ids"]
+    if step == "fused take_back":  # by then it has been arranged that the CPU does not pack the weights
+        assert got["logprobs"] == [pytest.approx(theirs, abs=0.05) for theirs in stock["logprobs"]]
+    else:
+        assert got["logprobs"] == stock["logprobs"]
     # Where only the report fails, the layers have been set up.
-    assert set(got["op_calls"]) == ({"dual_stream"} if step == "report" else set())
+    assert set(got["ran"]) == ({"dual_stream"} if step == "report" else set())
     lines = plugin_lines(got["log"])
     assert len(lines) == 1, lines
     assert "steps aside, vLLM runs as it is" in lines[0]
-    expected = {
-        "contract": "planted breach",
-        "held": "OtherPluginsLayer already replaces",
-        "layer module": "unexpected ModuleNotFoundError: import of vllm_gdn_plugin.run.layer halted",
-    }
-    assert expected.get(step, "unexpected ZeroDivisionError: planted by the test") in lines[0]
+    assert SAID.get(step, "unexpected ZeroDivisionError: planted by the test") in lines[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("step", IN_AN_OP)
-def test_the_engine_answers_where_an_op_fails(
-    run_generate: Callable[..., Any], witness: Callable[..., Any], step: str, eager: bool
+@pytest.mark.parametrize("step", ["version guard", pytest.param("contract", marks=pytest.mark.slow)])
+def test_vllm_knows_the_settings_also_where_the_plugin_steps_aside(
+    run_generate: Callable[..., Any], witness: Callable[..., Any], stock: Any, step: str
 ) -> None:
-    import torch
-
-    strategy = "fused" if step.startswith("fused") else "dual_stream"
-    if strategy == "fused" and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("vLLM packs no weights on a CPU without AVX-512, and does not get to the step that is to fail")
-    stock = run_generate("qwen3_5", env={"VLLM_PLUGINS": ""}, eager=eager)
+    """It may be told not to start for unknown variables: `--fail-on-environ-validation`."""
     env, _ = witness(step)
-    got = run_generate("qwen3_5", env=env | {"VLLM_GDN_PLUGIN_STRATEGY": strategy}, eager=eager)
-    assert got["token_ids"] == stock["token_ids"]
-    if strategy == "dual_stream":
-        assert got["logprobs"] == stock["logprobs"]
-    assert got["op_calls"][strategy] > 10
-    report, why = plugin_lines(got["log"])
-    assert f"{strategy} on 3 of 3 GDN layers" in report
-    assert f"{IN_AN_OP[step]}unexpected ZeroDivisionError: planted by the test" in why
+    strict = {"ENGINE_ARGUMENTS": json.dumps({"fail_on_environ_validation": True})}
+    got = run_generate("qwen3_5", env=env | ON | strict)
+    assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+    (line,) = plugin_lines(got["log"])
+    assert SAID[step] in line
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("env", [ON, FUSED], ids=lambda env: env["VLLM_GDN_PLUGIN_STRATEGY"])
 def test_what_a_projection_raises_is_the_engine_s(
-    run_generate: Callable[..., Any], witness: Callable[..., Any], env: dict[str, str]
+    run_generate: Callable[..., Any], witness: Callable[..., Any]
 ) -> None:
-    """fused calls the projections themselves at its first call on a CPU, to compare; never on a GPU."""
     settings, _ = witness("projection")
-    got = run_generate("qwen3_5", env=settings | env, fails=True)
+    got = run_generate("qwen3_5", env=settings | ON, fails=True)
     assert "torch.OutOfMemoryError: planted by the test" in got["log"]
     assert not any("unexpected" in line for line in plugin_lines(got["log"]))
 
 
-@pytest.mark.parametrize("step", ["contract", pytest.param("declare_variables", marks=pytest.mark.slow), "layer_facts"])
+@pytest.mark.parametrize(
+    "step", ["contract", *(pytest.param(s, marks=pytest.mark.slow) for s in ("declare_variables", "layer_facts"))]
+)
 def test_strict_stops_the_engine(run_generate: Callable[..., Any], witness: Callable[..., Any], step: str) -> None:
     env, _ = witness(step)
     got = run_generate("qwen3_5", env=env | ON | {"VLLM_GDN_PLUGIN_STRICT": "1"}, fails=True)
@@ -98,10 +87,11 @@ def test_strict_stops_the_engine(run_generate: Callable[..., Any], witness: Call
     assert len(lines) == 1, got["log"][-2000:]
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_named_once(run_generate: Callable[..., Any], stock: Any) -> None:
-    got = run_generate("qwen3_5", env={"VLLM_GDN_PLUGIN_STRATEGY": "fastest", "VLLM_GDN_PLUGIN_MAX_TOKENS": "many"})
+    got = run_generate("qwen3_5", env={"VLLM_GDN_PLUGIN_STRATEGY": "fastest", "VLLM_GDN_PLUGIN_TUNE": "often"})
     assert got["token_ids"] == stock["token_ids"]
-    for name in ("STRATEGY", "MAX_TOKENS"):
+    for name in ("STRATEGY", "TUNE"):
         assert got["log"].count(f"VLLM_GDN_PLUGIN_{name}=") == 1
     assert "Unknown vLLM environment variable" not in got["log"]
 
@@ -136,21 +126,18 @@ def test_a_cache_directory_that_cannot_be_written(run_generate: Callable[..., An
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
 def test_handles_and_memory_do_not_grow_with_requests(
-    run_generate: Callable[..., Any], witness: Callable[..., Any]
+    run_generate: Callable[..., Any], witness: Callable[..., Any], strategy: str
 ) -> None:
-    """Neither where all is well, nor where every call of an op fails, beyond what stock vLLM leaves behind."""
-
-    def growth(breaks: str | None, settings: dict[str, str]) -> Any:
-        env, _ = witness(breaks)
-        return run_generate("qwen3_5", env=env | settings, script=HERE / "repeat.py")
-
-    stock = growth(None, {"VLLM_PLUGINS": "witness"})
-    for breaks in (None, "op, first call"):
-        got = growth(breaks, ON)
-        assert got["op_calls"]["dual_stream"] > 100
-        assert got["files"] <= stock["files"]
-        assert got["objects"] - stock["objects"] < got["requests"], "less than one a request"
+    """Beyond what stock vLLM leaves behind."""
+    stock, got = (
+        run_generate("qwen3_5", env=witness()[0] | settings, script=HERE / "repeat.py")
+        for settings in ({"VLLM_PLUGINS": "witness"}, {"VLLM_GDN_PLUGIN_STRATEGY": strategy})
+    )
+    assert got["ran"][strategy] > 100
+    assert got["files"] <= stock["files"]
+    assert got["objects"] - stock["objects"] < got["requests"], "less than one a request"
 
 
 def test_a_checkpoint_that_lacks_a_weight_is_refused_as_by_stock(

@@ -87,6 +87,10 @@ ONE_CALL = """\
 """
 WIDE_SIZES = "[key_dim, key_dim, value_dim, value_dim]\n"
 
+NEW_LAYER = """\
+layer = super().__new__(layer_cls_to_instantiate)
+        return layer"""
+
 Edits = dict[Path, list[tuple[str, str]]]
 
 
@@ -139,9 +143,9 @@ RELEASES = {
         },
         ("this vLLM already runs the two GDN input projections together by itself", UNINSTALL),
     ),
-    "register_oot is gone": Release(
-        lambda: {CUSTOM_OP: [("def register_oot(", "def register_replacement(")]},
-        ("there is no vllm.model_executor.custom_op.PluggableLayer.register_oot", UPGRADE),
+    "layers are made otherwise": Release(
+        lambda: {CUSTOM_OP: [("return super().__new__(layer_cls_to_instantiate)", NEW_LAYER)]},
+        ("PluggableLayer.__new__ does not look a layer's class up by its name and make one of it", UPGRADE),
     ),
     "a helper calls the projections": Release(
         lambda: {
@@ -255,7 +259,7 @@ def test_an_op_of_the_same_name_in_the_host_s_namespace_is_no_obstacle(
     env["PYTHONPATH"] = os.pathsep.join([to_come(change)["PYTHONPATH"], env["PYTHONPATH"]])
     got = run_generate("qwen3_5", env=env | ON | ALLOW)
     assert (got["token_ids"], got["logprobs"]) == (stock(change)["token_ids"], stock(change)["logprobs"])
-    assert list(got["op_calls"]) == ["dual_stream"]
+    assert list(got["ran"]) == ["dual_stream"]
     assert f"dual_stream on 3 of 3 GDN layers (platform cpu, vLLM {VERSION})" in the_line(got["log"])
 
 

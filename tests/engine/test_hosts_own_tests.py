@@ -21,8 +21,8 @@ import pytest
 from packaging.version import Version
 from serving import engine_env
 
-from vllm_gdn_plugin import host
 from vllm_gdn_plugin.bench.engine.server import end_group
+from vllm_gdn_plugin.host.imports import version
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -84,7 +84,7 @@ def tree(scratch: Path, models: Callable[[str], Path]) -> Path:
     pypi_simple = pytest.importorskip("pypi_simple", reason=f"pypi-simple {how}")
     for package in ("tblib", "pytest_asyncio"):
         pytest.importorskip(package, reason=f"{package}, which vLLM's tests import, {how}")
-    release = Version(host.version()).base_version
+    release = Version(version()).base_version
     archive = scratch / f"vllm-{release}.tar.gz"
     try:
         with pypi_simple.PyPISimple() as index:
@@ -182,9 +182,9 @@ def test_they_end_as_without_the_plugin(run: Callable[..., Run], group: str, str
     if group == "layer":
         assert re.search(r"replaced: \['\w+'\]", got.log), "the layer's class was not replaced"
     if group == "engines":
-        op_called = {event for event in got.events if event.endswith("op called")}
-        assert op_called == {f"{strategy} op called"}, "the layers of the engines did not run with the plugin"
-        assert not {event for event in stock.events if event.endswith("op called")}
+        ran = {event for event in got.events if event.endswith(" ran")}
+        assert ran == {f"{strategy} ran"}, "the layers of the engines did not run with the plugin"
+        assert not {event for event in stock.events if event.endswith(" ran")}
     assert "passed" in stock.outcomes.values()
     changed = {test for test, _ in stock.outcomes.items() ^ got.outcomes.items()}
     assert not changed, got.log[-4000:]

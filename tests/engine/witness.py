@@ -185,7 +185,7 @@ BREAKS = {
     "plan, once loaded": _break("install", "plan", 3),
     "fused weight": _break("run.fused", "FusedWeight.__init__"),
     "fused take_back": _break("run.fused", "FusedWeight.take_back"),
-    "report": _break("report", "Ledger.summary"),
+    "report": _break("install", "summarised"),
     "projection": lambda: None,  # see _count_joins
 }
 """With a step for each layer, all three of a tiny model's are constructed before the first one is loaded."""

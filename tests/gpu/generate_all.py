@@ -1,12 +1,12 @@
 """Generate with one model with stock vLLM and with each strategy, in one process: its kernels are tuned once.
 
-    python generate_all.py MODEL OUTPUT.json [--auto] [--eager | --piecewise] [--mtp] [--sleep OTHER_MODEL]
-                                             [--tensor-parallel-size N]
+    python generate_all.py MODEL OUTPUT.json [--more decode auto] [--eager | --piecewise] [--mtp]
+                                             [--sleep OTHER_MODEL] [--tensor-parallel-size N]
 
-With full and piecewise CUDA graphs where nothing else is said; with `--auto`, also with what `auto` chooses; with
-`--mtp`, the model's own MTP head drafts; with `--sleep`, each engine sleeps at level 2 after its answers, wakes, is
-given its weights again and asked again, then those of another model. With more ranks than one, each engine has worker
-processes of its own, which load the installed plugin, or don't.
+With full and piecewise CUDA graphs where nothing else is said; with `--more`, also with the decode kernel, and with
+what `auto` chooses; with `--mtp`, the model's own MTP head drafts; with `--sleep`, each engine sleeps at level 2 after
+its answers, wakes, is given its weights again and asked again, then those of another model. With more ranks than one,
+each engine has worker processes of its own, which load the installed plugin, or don't.
 """
 
 import argparse
@@ -22,12 +22,17 @@ from switch_plugin import switch_plugin
 
 from vllm_gdn_plugin.bench.engine.variants import NAME, PLUGINS, STRATEGY
 from vllm_gdn_plugin.decide import plan
+from vllm_gdn_plugin.settings import variable
 
 STEPS = 256
 PROMPT_LENGTHS = (3, 17, 40, 600, 700)
+DECODE_KERNEL = variable("decode_kernel")
 SETTINGS = {
     "stock": {PLUGINS: ""},
-    **{name: {PLUGINS: NAME, STRATEGY: name} for name in (plan.DUAL_STREAM, plan.FUSED, plan.AUTO)},
+    "dual_stream": {PLUGINS: NAME, STRATEGY: plan.DUAL_STREAM, DECODE_KERNEL: "0"},
+    "fused": {PLUGINS: NAME, STRATEGY: plan.FUSED, DECODE_KERNEL: "0"},
+    "decode": {PLUGINS: NAME, STRATEGY: plan.FUSED, DECODE_KERNEL: "1"},
+    "auto": {PLUGINS: NAME, STRATEGY: plan.AUTO, DECODE_KERNEL: "auto"},
 }
 
 
@@ -35,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--auto", action="store_true")
+    parser.add_argument("--more", nargs="*", default=[], choices=["decode", "auto"])
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--piecewise", action="store_true")
     parser.add_argument("--mtp", action="store_true")
@@ -46,7 +51,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     joins = watch_joins()
     for name, settings in SETTINGS.items():
-        if name == plan.AUTO and not options.auto:
+        if name not in ("stock", "dual_stream", "fused", *options.more):
             continue
         switch_plugin(settings)  # for worker processes, too
         joins.clear()
@@ -79,6 +84,7 @@ def layers(llm: Any) -> dict[str, Any]:
     found = [layer for layer in known if hasattr(layer, "in_proj_ba")]
     return {
         "strategies": [layer.gdn.strategy for layer in found if hasattr(layer, "gdn")],
+        "decodes": [bool(layer.gdn.decode) for layer in found if hasattr(layer, "gdn")],
         "fused speculation": [bool(getattr(layer, "enable_fused_gdn_spec_decode", False)) for layer in found],
     }
 

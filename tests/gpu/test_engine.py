@@ -5,6 +5,7 @@ One process for each mode, a few minutes each: `pytest tests/gpu/test_engine.py 
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,15 +34,15 @@ class Mode(NamedTuple):
 
 
 MODES = {
-    "graphs": Mode(("--auto",)),
+    "graphs": Mode(("--more", "decode", "auto")),
     "piecewise": Mode(("--piecewise",)),
-    "runner-v1": Mode(runner="1"),
-    "eager": Mode(("--eager",)),
+    "runner-v1": Mode(("--more", "decode"), runner="1"),
+    "eager": Mode(("--eager", "--more", "decode")),
     "eager-runner-v1": Mode(("--eager",), runner="1"),
     "mtp": Mode(("--mtp",)),
     "mtp-runner-v1": Mode(("--mtp",), runner="1"),
     "interleaved": Mode(kind="qwen3_next"),
-    "mixed": Mode(("--auto",), kind="qwen3_next"),
+    "mixed": Mode(("--more", "auto"), kind="qwen3_next"),
     "sleep": Mode(("--sleep", "other")),
     "tp2": Mode(("--tensor-parallel-size", "2")),
 }
@@ -78,7 +79,9 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         model = add_drafter(model, directory / "with_drafter")
     if name == "sleep":
         make_model(mode.kind, directory / "other", seed=1)
-    command = [sys.executable, HERE / "generate_all.py", model, directory / "generated.json", *mode.arguments]
+    has_branch = Version(vllm.__version__) >= Version("0.28")  # of which the decode kernel takes the place
+    arguments = [argument for argument in mode.arguments if has_branch or argument != "decode"]
+    command = [sys.executable, HERE / "generate_all.py", model, directory / "generated.json", *arguments]
     env = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": str(int(mode.runner == "2"))}
     with (directory / "log").open("wb") as log:
         failed = subprocess.run(command, cwd=directory, env=env, stdout=log, stderr=log).returncode
@@ -140,20 +143,22 @@ def test_every_layer_was_captured_on_two_streams(generated: Generated) -> None:
 
 
 def test_each_strategy_was_at_work(generated: Generated) -> None:
-    expected = {"dual_stream": "dual_stream", "fused": "fused", "auto": "fused"}
+    expected = {"dual_stream": "dual_stream", "fused": "fused", "decode": "fused", "auto": "fused"}
     if generated.mode == "mixed":
         assert "one GEMM cannot serve" in generated.log
         expected = {"dual_stream": "dual_stream", "auto": "dual_stream"}
+        assert "; in CUDA graphs " in generated.log, "auto timed the ways"
     if generated.mode.startswith("eager"):
         assert "CUDA graphs are off" in generated.log
-        expected = {"fused": "fused"}
+        del expected["dual_stream"]
     for name, strategy in expected.items():
         if name in generated.found:
-            assert f"{strategy} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers (platform cuda" in generated.log
+            kernel = r"( \+ decode kernel)?" if name == "auto" else " \\+ decode kernel" * (name == "decode")
+            line = rf"{strategy}{kernel} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers \(platform cuda"
+            assert re.search(line, generated.log), line
             if generated.mode != "tp2":
                 assert generated.found[name]["strategies"] == GDN_LAYERS * [strategy], name
-    if generated.mode == "mixed":
-        assert "; in CUDA graphs " in generated.log, "auto timed the ways"
+                assert name == "auto" or generated.found[name]["decodes"] == GDN_LAYERS * [name == "decode"], name
 
 
 def test_vllm_s_kernel_for_speculation_reads_what_fused_gives(generated: Generated) -> None:
