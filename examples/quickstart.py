@@ -24,7 +24,9 @@ from vllm_gdn_plugin.bench.engine.server import ServerFailed
 from vllm_gdn_plugin.bench.errors import BenchError
 
 NAME = "vllm-gdn-plugin"  # begins each line that the plugin logs
-PROMPT = "Gated Delta Net layers project the same hidden states twice."
+PROMPT = "The gated delta rule"
+TOKENS = 96
+"""Bytes of the answer: a sentence and a half."""
 ENGINE_ARGS = ["--mamba-ssm-cache-dtype", "float32", "--max-model-len", "256", "--max-num-seqs", "4"]
 PLUGIN_ON = {"VLLM_PLUGINS": "vllm_gdn_plugin", "VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}
 PLUGIN_OFF = {"VLLM_PLUGINS": ""}
@@ -55,14 +57,17 @@ def main() -> int:
     if answer_on != answer_off:
         print(f"FAILED: the answers differ.\n    with:    {answer_on}\n    without: {answer_off}")
         return 1
-    print(f"OK: the same {len(answer_on['tokens'])} tokens and log-probabilities with and without the plugin.")
+    print(f"OK: the same {len(answer_on['tokens'])} tokens with and without the plugin,")
+    print("    the same log-probabilities, bit for bit,")
+    print("    and by the log the plugin was at work in the first server and not in the second.")
     return 0
 
 
 def make_model(directory: Path) -> Path:
-    with step("making a tiny random Qwen3.5 model"):
+    with step("making a tiny Qwen3.5 model, which learns one sentence"):
         script = Path(__file__).with_name("tiny_model.py")
-        subprocess.run([sys.executable, script, "qwen3_5", directory], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, script, "qwen3_5", directory, "--learn"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return directory
 
 
@@ -75,7 +80,7 @@ def check(env: dict[str, str]) -> None:
 def ask(model: Path, env: dict[str, str], args: list[str], what: str) -> tuple[dict[str, Any], str]:
     """Serve `model`, ask it once, and return (tokens and their log-probabilities, the server's log)."""
     with step(f"vllm serve {what}: start, one answer, stop"), serve(model, env=env, args=args) as server:
-        body = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": 24, "temperature": 0, "logprobs": 1}
+        body = {"model": MODEL_NAME, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
         choice = server.post("/v1/completions", body)["choices"][0]
         logprobs = choice["logprobs"]
         answer = {"tokens": logprobs["tokens"], "logprobs": logprobs["token_logprobs"]}

@@ -1,10 +1,11 @@
 """Tiny random models with Gated Delta Net layers, made offline in a few seconds.
 
-    python tiny_model.py KIND DIRECTORY [--seed N] [--vision]
+    python tiny_model.py KIND DIRECTORY [--seed N] [--vision] [--learn]
 
 Each is a complete checkpoint (config, bf16 weights, byte-level tokenizer) of about 5 MB. It says
 nothing sensible, but its logits differ from token to token, so two ways of computing it can be
-compared. vLLM 0.26 and earlier know Qwen3.5 only with a vision tower: `--vision` adds a tiny one.
+compared. With `--learn` it learns one sentence while it is made, which takes half a minute, and says
+it over and over. vLLM 0.26 and earlier know Qwen3.5 only with a vision tower: `--vision` adds a tiny one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from transformers.utils.logging import disable_progress_bar
 
 VOCAB_SIZE = 320  # 256 bytes, one end-of-text token, the rest unused
 END_OF_TEXT = 256
+
+SENTENCE = "The gated delta rule forgets a little, then writes what is new. "
+"""What a model says that was made to learn it."""
+TRAINING_STEPS = 60
 
 _LAYERS = ["linear_attention"] * 3 + ["full_attention"]
 _COMMON: dict[str, Any] = {
@@ -84,11 +89,14 @@ _BUILDERS_WITH_VISION: dict[str, Callable[..., Any]] = {
 }
 
 
-def make_model(kind: str, directory: Path, seed: int = 0, blocks: int = 1, vision: bool = False) -> Path:
+def make_model(
+    kind: str, directory: Path, seed: int = 0, blocks: int = 1, vision: bool = False, learn: bool = False
+) -> Path:
     """Write the tiny model `kind`, one of `KINDS`, into `directory` and return `directory`.
 
     It has `blocks` times three GDN layers and one of full attention; `vision` adds a vision tower to the kinds that can
-    have one. The same `seed` gives the same weights. Raises ValueError for an unknown `kind`.
+    have one; with `learn` it knows `SENTENCE`. The same `seed` gives the same weights. Raises ValueError for an unknown
+    `kind`.
     """
     if kind not in _BUILDERS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
@@ -97,6 +105,8 @@ def make_model(kind: str, directory: Path, seed: int = 0, blocks: int = 1, visio
         build = (_BUILDERS | _BUILDERS_WITH_VISION if vision else _BUILDERS)[kind]
         model = build(num_hidden_layers=len(_LAYERS) * blocks, layer_types=_LAYERS * blocks)
         _spread_gates(model)
+        if learn:
+            _teach(model)
     model.to(torch.bfloat16).save_pretrained(directory)
     _byte_tokenizer().save_pretrained(directory)
     return directory
@@ -110,6 +120,21 @@ def _spread_gates(model: torch.nn.Module) -> None:
             parameter.uniform_(0.1, 2.0).log_()
         elif name.endswith("dt_bias"):
             parameter.uniform_(-4.0, 0.0)
+
+
+def _teach(model: torch.nn.Module) -> None:
+    """Train until the model goes on with `SENTENCE` from anywhere in it."""
+    ids = torch.tensor(_byte_tokenizer()(SENTENCE * 3)["input_ids"])
+    model.float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(TRAINING_STEPS):
+        starts = torch.randint(len(SENTENCE), (4,)).tolist()
+        batch = torch.stack([ids[start : start + 96] for start in starts])
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.eval()
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -127,9 +152,10 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vision", action="store_true")
+    parser.add_argument("--learn", action="store_true")
     args = parser.parse_args()
     disable_progress_bar()
-    print(make_model(args.kind, args.directory, args.seed, vision=args.vision))
+    print(make_model(args.kind, args.directory, args.seed, vision=args.vision, learn=args.learn))
 
 
 if __name__ == "__main__":
