@@ -4,20 +4,19 @@
     python benchmarks/decode_kernel.py sweep    microseconds of a layer between its projections' GEMM and out_proj's
     python benchmarks/decode_kernel.py trace    every kernel of a layer and the gap before it
 
-A variant is a name of VARIANTS or its fields, as in ``key_head=True,rows=32``. ``sweep`` captures as many layers in a
-CUDA graph as it takes for their states not to fit the cache, each with weights of its own and a real GEMM before and
-after; the section is the time of a layer less that of its two GEMMs alone. Graphs are replayed in random order, the
-median counts.
+``check --replays N`` also replays CUDA graphs of all sizes, N times each, in random order: the variant that counts
+beside the one that does not, their bits compared along the way.
+
+``sweep`` captures as many layers in a CUDA graph as it takes for their states not to fit the cache, each with weights
+of its own and a real GEMM before and after; the section is the time of a layer less that of its two GEMMs alone.
+Graphs are replayed in random order, the median counts.
 """
 
 import argparse
-import dataclasses
 import json
 import math
-import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -37,42 +36,11 @@ SHAPES = {  # hidden size, key heads, value heads; -tp4: one rank of four
     "35B-A3B-tp4": (2048, 4, 8),
     "27B-tp4": (5120, 4, 12),
 }
-VARIANTS = {
-    "few": "",
-    "few-pdl": "pdl=True",
-    "few-late": "count_late=True",
-    "few-late-pdl": "count_late=True,pdl=True",
-    "few-conv-first": "state_first=False",
-    "few-32-lanes": "lanes=32",
-    "few-stages": "rows=32,stages=4",
-    "few-2-warps": "warps=2,rows=32,prefetch=True",
-    "key": "key_head=True",
-    "many": "key_head=True,rows=32,stages=3",
-    "many-pdl": "key_head=True,rows=32,stages=3,pdl=True",
-    "many-4-stages": "key_head=True,rows=32,stages=4",
-    "many-64-rows": "key_head=True,rows=64,stages=3",
-    "many-2-warps": "key_head=True,warps=2,rows=32,stages=3",
-    "many-prefetch": "key_head=True,rows=32,prefetch=True",
-    "many-1-warp": "key_head=True,warps=1,rows=16,prefetch=True",
-    "many-evict": "key_head=True,rows=32,stages=3,evict_first=True",
-}
+VARIANTS = ("few", "many")
 MOST_LAYERS, FEWEST_LAYERS = 24, 4
 STATE_BYTES = 600e6  # of a graph's layers, if MOST_LAYERS have so much: 12 times the cache of an H200
+COMPARED_EVERY = 20  # replays of check; a wrong step shows in the recurrent state for much longer
 COPY_RATE = 4.3e12  # bytes/s, what an H200 copies with: the floor
-
-
-def read_variant(text: str) -> Any:
-    """The Variant of a name, or of ``field=value,field=value``."""
-    from vllm_gdn_plugin.run.decode_kernel import Variant
-
-    types = {field.name: type(field.default) for field in dataclasses.fields(Variant)}
-    given: dict[str, Any] = {}
-    for part in filter(None, VARIANTS.get(text, text).split(",")):
-        name, _, value = part.partition("=")
-        if name not in types or (types[name] is bool and value not in ("True", "False")):
-            raise SystemExit(f"no variant {text!r}: a name of {', '.join(VARIANTS)}, or fields of {', '.join(types)}")
-        given[name] = value == "True" if types[name] is bool else int(value)
-    return Variant(**given)
 
 
 def host() -> Any:
@@ -132,11 +100,12 @@ def run_stock(vllm: Any, step: Any) -> Any:
     return gated.view(tokens, -1)
 
 
-def run_kernel(step: Any, variant: Any, counters: Any, zeros: bool) -> Any:
+def run_kernel(step: Any, name: str, counters: Any, zeros: bool) -> Any:
     import torch
 
-    from vllm_gdn_plugin.run.decode_kernel import decode
+    from vllm_gdn_plugin.run.decode_kernel import FEW, MANY, decode
 
+    variant = {"few": FEW, "many": MANY}[name]
     tokens, heads = step.b.shape
     make = torch.zeros if zeros else torch.empty
     out = make(tokens, heads, DIM, device=step.b.device, dtype=torch.bfloat16)
@@ -208,11 +177,8 @@ class Layers:
 
 
 def sections(vllm: Any, made: Layers, variants: list[str], zeros: bool) -> dict[str, Callable[[Any], Any] | None]:
-    def kernel(name: str) -> Callable[[Any], Any]:
-        variant = read_variant(name)
-        return lambda step: run_kernel(step, variant, made.counters, zeros)
-
-    return {"gemms": None, "stock": lambda step: run_stock(vllm, step), **{name: kernel(name) for name in variants}}
+    kernels = {name: partial(run_kernel, name=name, counters=made.counters, zeros=zeros) for name in variants}
+    return {"gemms": None, "stock": partial(run_stock, vllm), **kernels}
 
 
 def configurations(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -232,38 +198,6 @@ def capture(run: Callable[[], Any]) -> Any:
     with torch.cuda.graph(graph, stream=stream):
         run()
     return graph
-
-
-def compile_part(args: argparse.Namespace) -> None:
-    """Compiles a part of what the sweep runs, into Triton's cache: a few of these side by side take less time."""
-    import torch
-
-    vllm = host()
-    part, parts = map(int, args.part.split("/"))
-    work = [(shape, dtype, name) for shape, dtype in configurations(args) for name in ["stock", *args.variants]]
-    for shape, dtype, name in work[part::parts]:
-        made = Layers(shape, getattr(torch, dtype), 1, 2, 2)
-        x = torch.randn(2, SHAPES[shape][0], device=DEVICE, dtype=torch.bfloat16)
-        try:
-            made.forward(x, 1, sections(vllm, made, args.variants, args.zeros)[name])
-            torch.cuda.synchronize()
-        except Exception as error:  # the sweep will say so
-            print(f"{shape} {dtype} {name}: {type(error).__name__}", flush=True)
-
-
-def compile_side_by_side(args: argparse.Namespace) -> None:
-    if args.jobs < 2:
-        return
-    started = time.monotonic()
-    same = ["--shapes", ",".join(args.shapes), "--dtypes", ",".join(args.dtypes), "--variants", ";".join(args.variants)]
-    line = [sys.executable, __file__, "compile", *same, "--part"]
-    jobs = [subprocess.Popen([*line, f"{i}/{args.jobs}"], stderr=subprocess.DEVNULL) for i in range(args.jobs)]
-    for job in jobs:
-        try:
-            job.wait(max(1.0, args.deadline - args.seconds / 2 - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            job.kill()
-    print(f"compiled in {time.monotonic() - started:.0f} s", flush=True)
 
 
 def wrong(vllm: Any, made: Layers, name: str, section: Callable[[Any], Any]) -> str | None:
@@ -294,7 +228,6 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     vllm = host()
-    compile_side_by_side(args)
     rows: list[dict[str, Any]] = []
     result = {"rows": rows, "left_out": {}}
     for shape, dtype in configurations(args):
@@ -387,12 +320,12 @@ def line_of(row: dict[str, Any], names: list[str]) -> str:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Many steps of the same tokens by vLLM, by each variant and in float64."""
+    """Many steps of the same tokens by vLLM, by each variant and in float64; then, if asked for, many replays."""
     import torch
     from reference import reference
 
     vllm = host()
-    result: dict[str, Any] = {"rows": []}
+    result: dict[str, Any] = {"rows": [], "replays": []}
     for shape, dtype in configurations(args):
         for n in args.tokens:
             if time.monotonic() > args.deadline:
@@ -409,7 +342,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
             }
             true = start.but(conv_state=start.conv_state.double(), ssm_state=start.ssm_state.double())
             squares, size, other_bits = dict.fromkeys(ways, 0.0), 0.0, dict.fromkeys(ways, 0)
-            same_conv = dict.fromkeys(ways, True)
+            same_conv, alike = dict.fromkeys(ways, True), {name: list(ways) for name in ways}
             done = 0
             while done < args.steps and time.monotonic() < args.deadline:
                 done += 1
@@ -427,6 +360,8 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
                     squares[name] += float((outs[name].view(exact.shape).double() - exact).square().sum())
                     other_bits[name] += int((outs[name] != outs["stock"]).sum())
                     same_conv[name] &= torch.equal(steps[name].conv_state[slots].double(), true.conv_state[slots])
+                for name in ways:
+                    alike[name] = [other for other in alike[name] if torch.equal(outs[other], outs[name])]
             ssm = {name: float((steps[name].ssm_state[slots].double() - true.ssm_state[slots]).norm()) for name in ways}
             total = float(true.ssm_state[slots].norm())
             for name in ways:
@@ -442,14 +377,51 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
                     "state_ratio": ssm[name] / ssm["stock"],
                     "conv_exact": same_conv[name],
                     "outputs_unlike_stock": other_bits[name] / (done * n * made.values),
-                    "same_states_as": next(
-                        other for other in ways if torch.equal(steps[other].ssm_state, steps[name].ssm_state)
-                    ),
+                    "same_bits_as": [
+                        other for other in alike[name] if torch.equal(steps[other].ssm_state, steps[name].ssm_state)
+                    ],
                     "counters_zero": not made.counters.any().item(),
                 }
                 result["rows"].append(row)
                 print(" ".join(f"{key}={told(value)}" for key, value in row.items()), flush=True)
             write(args.out, result)
+        if args.replays:
+            made = Layers(shape, getattr(torch, dtype), 1, max(args.tokens), max(args.tokens))
+            row = {"shape": shape, "dtype": dtype, **replays_in_any_order(made, args)}
+            result["replays"].append(row)
+            print(" ".join(f"{key}={told(value)}" for key, value in row.items()), flush=True)
+            write(args.out, result)
+    return result
+
+
+def replays_in_any_order(made: Layers, args: argparse.Namespace) -> dict[str, Any]:
+    """The variants side by side, on the same new inputs at each replay and on states of their own, which all sizes
+    share, as they share the counters. ``many`` does not count: it shows where ``few`` has counted wrong."""
+    import torch
+
+    states = {name: {"conv_state": made.conv_state.clone(), "ssm_state": made.ssm_state.clone()} for name in VARIANTS}
+    outs: dict[int, list[Any]] = {}
+
+    def once(n: int) -> None:
+        projected = torch.randn(n, made.qkv + made.values + 2 * made.heads, device=DEVICE, dtype=torch.bfloat16)
+        step = made.step(0, projected)
+        outs[n] = [run_kernel(step.but(**states[name]), name, made.counters, False) for name in VARIANTS]
+
+    graphs = {n: capture(partial(once, n)) for n in args.tokens}
+    order = args.tokens * args.replays
+    random.shuffle(order)
+    few, many = (states[name] for name in VARIANTS)
+    result: dict[str, Any] = {"sizes": args.tokens, "asked": len(order), "done": 0, "compared": 0, "wrong": None}
+    for done, n in enumerate(order, 1):
+        graphs[n].replay()
+        if done % COMPARED_EVERY and done < len(order):
+            continue
+        unlike = [name for name in few if not torch.equal(few[name], many[name])]
+        unlike += ["output"] if not torch.equal(*outs[n]) else []
+        unlike += ["counters"] if made.counters.any() else []
+        result |= {"done": done, "compared": result["compared"] + 1, "wrong": ", ".join(unlike) or None}
+        if unlike or time.monotonic() > args.deadline:
+            break
     return result
 
 
@@ -523,36 +495,36 @@ def write(file: str | None, result: dict[str, Any]) -> None:
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check", "sweep", "trace", "compile"])
+    parser.add_argument("command", choices=["check", "sweep", "trace"])
     parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; separated by commas")
     parser.add_argument("--dtypes", default="float32", help="of the recurrent state: float32,bfloat16")
     parser.add_argument("--tokens", help="separated by commas")
-    parser.add_argument("--variants", help=f"separated by semicolons; {', '.join(VARIANTS)}; all; or their fields")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}; separated by commas")
     parser.add_argument(
         "--zeros", action=argparse.BooleanOptionalAction, default=True, help="fill out first, as vLLM does"
     )
     parser.add_argument("--rounds", type=int, default=11, help="replays of each graph that count")
     parser.add_argument("--steps", type=int, default=100, help="of check")
+    parser.add_argument("--replays", type=int, default=0, help="of check, for each size")
     parser.add_argument("--seconds", type=float, default=220, help="stop after that")
-    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile first")
     parser.add_argument("--out", help="a JSON file")
-    parser.add_argument("--part", default="0/1", help=argparse.SUPPRESS)
     args = parser.parse_args(line)
     args.deadline = time.monotonic() + args.seconds
     default_shapes = {"check": "35B-A3B-tp4,27B-tp4", "trace": "27B"}.get(args.command, ",".join(SHAPES))
     default_tokens = {"check": "1,3,16,64,256", "trace": "1,16"}.get(args.command, "1,2,4,8,16,32,64,128,256")
-    default_variants = "all" if args.command == "sweep" else "few;many"
     args.shapes = (args.shapes or default_shapes).split(",")
     args.dtypes = args.dtypes.split(",")
     args.tokens = [int(n) for n in (args.tokens or default_tokens).split(",")]
-    chosen = args.variants if args.variants is not None else default_variants
-    args.variants = list(VARIANTS) if chosen == "all" else chosen.split(";")
+    args.variants = args.variants.split(",")
     for shape in args.shapes:
         if shape not in SHAPES:
             parser.error(f"no shape {shape!r}: {', '.join(SHAPES)}")
     for dtype in args.dtypes:
         if dtype not in ("float32", "bfloat16"):
             parser.error(f"no dtype {dtype!r}: float32, bfloat16")
+    for name in args.variants:
+        if name not in VARIANTS:
+            parser.error(f"no variant {name!r}: {', '.join(VARIANTS)}")
     return args
 
 
@@ -571,16 +543,7 @@ def machine() -> dict[str, str]:
 
 def main() -> None:
     args = arguments()
-    for name in args.variants:
-        read_variant(name)
-    if args.command == "compile":
-        compile_part(args)
-        return
-    about = {
-        "machine": machine(),
-        "command": " ".join(sys.argv),
-        "variants": {n: VARIANTS.get(n, n) for n in args.variants},
-    }
+    about = {"machine": machine(), "command": " ".join(sys.argv)}
     print(json.dumps(about["machine"]), flush=True)
     result = {"check": check, "sweep": sweep, "trace": trace}[args.command](args)
     write(args.out, {**about, **result})
