@@ -55,7 +55,10 @@ def formats(layers: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     token, channel = FLOAT8 | {"strategy": "token", "dynamic": True}, FLOAT8 | {"strategy": "channel", "dynamic": False}
     return {
         "none": (None, {}),
-        "none, in another dtype": (None, {"dtype": "float16", "enforce_eager": True}),
+        "none, in another dtype": (
+            None,
+            {"dtype": "float16", "enforce_eager": True, "mamba_ssm_cache_dtype": "float32"},
+        ),
         "fp8": (FP8 | {"ignored_layers": ba}, {}),
         "fp8 in blocks": (FP8 | {"weight_block_size": [128, 128], "modules_to_not_convert": ba}, {}),
         "fp8 throughout": (FP8, {}),
@@ -156,7 +159,8 @@ def config_of(model: str) -> dict[str, Any] | None:
         architecture, config = "Qwen3NextForCausalLM", Qwen3NextConfig(**sizes, **_DENSE, num_experts=0)
     elif model in MOE:
         architecture = "Qwen3_5MoeForConditionalGeneration"
-        config = Qwen3_5MoeConfig(text_config=sizes | _MOE, vision_config=_VISION, dtype="bfloat16")
+        states = {"mamba_ssm_dtype": "float32", "output_gate_type": "swish"}
+        config = Qwen3_5MoeConfig(text_config=sizes | _MOE | states, vision_config=_VISION, dtype="bfloat16")
     else:
         architecture = "Qwen3_5ForConditionalGeneration"
         config = Qwen3_5Config(text_config=sizes | _DENSE, vision_config=_VISION, dtype="bfloat16")
@@ -185,8 +189,16 @@ def write_weights(directory: Path, layers: str) -> None:
     save_file(weights, directory / "model.safetensors")
 
 
+def has_packed_branch() -> bool:
+    """Whether this vLLM has what the decode kernel relies on."""
+    from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
+    from vllm_gdn_plugin.host.imports import package_directory
+
+    return why_no_decode_kernel(package_directory()) is None
+
+
 def constructed(directory: Path, flags: dict[str, Any]) -> Any:
-    """(strategies of the layers with CUDA graphs on CUDA, the facts about them by index) as vLLM constructs them."""
+    """(the facts about the layers by index, those about their decode) as vLLM constructs them."""
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -194,7 +206,7 @@ def constructed(directory: Path, flags: dict[str, Any]) -> Any:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
     from vllm.model_executor.model_loader.utils import initialize_model
 
-    from vllm_gdn_plugin.host.facts import layer_facts
+    from vllm_gdn_plugin.host.facts import decode_facts, layer_facts
 
     config = EngineArgs(
         str(directory),
@@ -221,30 +233,50 @@ def constructed(directory: Path, flags: dict[str, Any]) -> Any:
             with torch.device("meta"):
                 model = initialize_model(config)
             found = [module for module in model.modules() if hasattr(module, "in_proj_ba")]
-            return {index: layer_facts(layer, "cuda") for index, layer in zip(GDN_LAYERS, found, strict=True)}
+            layers = {index: layer_facts(layer, "cuda") for index, layer in zip(GDN_LAYERS, found, strict=True)}
+            decode = {decode_facts(layer, layers[0]) for layer in found} if has_packed_branch() else {None}
+            return layers, *decode
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def told(directory: Path, flags: dict[str, Any]) -> Any:
     """The same as `check` tells it."""
-    from vllm_gdn_plugin.decide.checkpoint import EngineFlags
-    from vllm_gdn_plugin.host.model import layer_facts_of
+    from vllm_gdn_plugin.host.model import model_facts
 
-    known = {name: value for name, value in flags.items() if name in vars(EngineFlags())}
-    return layer_facts_of(str(directory), directory, None, EngineFlags(**known), "cuda")[1]
+    found = model_facts(str(directory), directory, None, engine_flags(flags), "cuda", has_packed_branch())
+    return found.layers, found.decode
+
+
+def by_config(directory: Path, flags: dict[str, Any]) -> Any:
+    """The same as `check` tells it where vLLM isn't installed."""
+    from vllm_gdn_plugin.decide.checkpoint import unquantised_facts
+
+    flags = {"mamba_ssm_cache_dtype": "float32"} | flags  # which vLLM's CPU platform sets
+    found = unquantised_facts(directory, engine_flags(flags), "cuda", False)
+    return found.layers, found.decode if has_packed_branch() else None
+
+
+def engine_flags(flags: dict[str, Any]) -> Any:
+    from vllm_gdn_plugin.decide.checkpoint import EngineFlags
+
+    return EngineFlags(**{name: value for name, value in flags.items() if name in vars(EngineFlags())})
 
 
 def answer(ask: Any, directory: Path, flags: dict[str, Any]) -> Any:
     from vllm_gdn_plugin.decide.plan import AUTO, plan
 
     try:
-        found = ask(directory, flags)
+        found, decode = ask(directory, flags)
     except Exception as error:
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())}
     # As on a GPU; and on the meta device no weight is in its place.
     alike = [replace(facts, cuda_graphs=True, weights_in_place=True) for facts in found.values()]
-    return {"facts": [asdict(facts) for facts in alike], "strategies": [plan(facts, AUTO).strategy for facts in alike]}
+    return {
+        "facts": [asdict(facts) for facts in alike],
+        "strategies": [plan(facts, AUTO).strategy for facts in alike],
+        "decode": decode and asdict(decode),
+    }
 
 
 def checked(config: Any) -> dict[str, tuple[int, str, str]]:
@@ -302,7 +334,8 @@ def main() -> None:
             (directory / "config.json").write_text(json.dumps(whole))
             if name.startswith("gptq") or "headers" in name:
                 write_weights(directory, layers)
-            answers[f"{name} | {model}"] = {f.__name__: answer(f, directory, flags) for f in (told, constructed)}
+            ways = (told, constructed, by_config) if name.startswith("none") else (told, constructed)
+            answers[f"{name} | {model}"] = {way.__name__: answer(way, directory, flags) for way in ways}
     del os.environ["VLLM_PLUGINS"]
     os.environ["VLLM_GDN_PLUGIN_STRATEGY"] = "fused"
     commands = checked(config_of(MODELS[0]))

@@ -30,6 +30,7 @@ def test_check_tells_what_vllm_constructs(answers: Any, name: str, model: str) -
     if both is None:
         pytest.skip(f"this vLLM has no such model: {model}")
     told, constructed = both["told"], both["constructed"]
+    assert both.get("by_config", told) == told
     if "error" in constructed and not name.startswith("none"):
         pytest.skip(f"this vLLM does not construct it here: {constructed['error'][:300]}")
     assert told == constructed
@@ -58,6 +59,7 @@ def test_the_command_tells_a_hub_id_from_the_cache_as_a_directory(found: Any) ->
     code, out, errors = found["commands"]["id"]
     assert (code, errors) == (0, "")
     report = json.loads(out)
+    assert report["decode_kernel"] == "off: it is made for CUDA, this is platform cpu"
     (line,) = report["model"]
     assert line.startswith(f"{len(GDN_LAYERS)} GDN layers (0-2): fused; in_proj_qkvz ")
     assert report["engine"].startswith("vllm serve --dtype float16; not looked at")

@@ -526,10 +526,11 @@ def looked_up(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_the_engines_flags_have_its_names_and_defaults(installed: Any, run: Any, looked_up: list[Any]) -> None:
     assert run("check", "--model", "Qwen/X")[0] == 0
     flags = "-tp 4 -q fp8 --dtype half --enforce-eager --enable-lora --enable-dbo --cpu-offload-gb 1.5"
-    assert run("check", "--model", "Qwen/X", "--revision", "v2", *flags.split(), "--offload-group-size", "8")[0] == 0
+    flags += " --offload-group-size 8 --mamba-ssm-cache-dtype float32 --speculative-config {}"
+    assert run("check", "--model", "Qwen/X", "--revision", "v2", *flags.split())[0] == 0
     assert looked_up == [
         ("Qwen/X", None, EngineFlags()),
-        ("Qwen/X", "v2", EngineFlags(4, "fp8", "half", True, True, True, 1.5, 8)),
+        ("Qwen/X", "v2", EngineFlags(4, "fp8", "half", True, True, True, 1.5, 8, "float32", "{}")),
     ]
 
 
@@ -541,6 +542,7 @@ def test_the_engines_flags_have_its_names_and_defaults(installed: Any, run: Any,
         ("--cpu-offload-gb=inf", "'inf' is not a number from 0 on"),
         ("--offload-group-size=x", "'x' is not a whole number"),
         ("--dtype=int8", "invalid choice: 'int8'"),
+        ("--mamba-ssm-cache-dtype=int8", "invalid choice: 'int8'"),
     ],
 )
 def test_a_flag_that_makes_no_sense_is_refused(run: Any, arguments: str, says: str) -> None:
@@ -557,3 +559,96 @@ def test_a_report_that_cannot_be_written_gets_one_line() -> None:
         result = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 2
     assert result.stderr == "vllm-gdn-plugin check: the report cannot be written: No space left on device\n"
+
+
+@pytest.fixture
+def kernel_host(installed: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The host, of whose sources what the decode kernel relies on holds. On real sources: tests/engine."""
+    monkeypatch.setattr(check, "why_no_decode_kernel", lambda package: None)
+    return installed
+
+
+MAY_RUN = "may run in Qwen3.5 and later: it proves itself when the engine starts"
+
+KERNEL: dict[str, tuple[dict[str, str], str, str | None]] = {
+    "auto": ({}, "cuda", MAY_RUN),
+    "1": ({"DECODE_KERNEL": "1"}, "cuda", MAY_RUN),
+    "0": ({"DECODE_KERNEL": "0"}, "cuda", "off: VLLM_GDN_PLUGIN_DECODE_KERNEL=0"),
+    "serial": ({"STRATEGY": "serial"}, "cuda", "off: VLLM_GDN_PLUGIN_STRATEGY=serial turns it off, too"),
+    "serial and 1": ({"STRATEGY": "serial", "DECODE_KERNEL": "1"}, "cuda", MAY_RUN),
+    "cpu": ({"STRATEGY": "fused"}, "cpu", "off: it is made for CUDA, this is platform cpu"),
+    "left out": ({"PLUGINS": ""}, "cuda", None),
+}
+
+
+@pytest.mark.parametrize(("variables", "platform", "told"), KERNEL.values(), ids=KERNEL)
+def test_whether_the_decode_kernel_may_run(
+    kernel_host: Any,
+    report: Any,
+    run: Any,
+    variables: dict[str, str],
+    platform: str,
+    told: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel_host.platform(platform)
+    for name, text in variables.items():
+        monkeypatch.setenv(f"VLLM_{'' if name == 'PLUGINS' else 'GDN_PLUGIN_'}{name}", text)
+    assert report()[1]["decode_kernel"] == told
+    text = run("check")[1]
+    assert (f"decode kernel    {told}" in text) == (told is not None)
+
+
+@pytest.mark.parametrize("change", ["an old version", "another layer"])
+def test_where_the_plugin_is_refused_nothing_is_told_of_the_kernel(kernel_host: Any, report: Any, change: str) -> None:
+    CASES[change][0](kernel_host)
+    assert report()[1]["decode_kernel"] is None
+
+
+BREACH = "off: the source of "
+
+
+def test_a_vllm_that_cannot_have_the_kernel_still_has_the_projections(
+    installed: Any, report: Any, isolated: None
+) -> None:
+    """The stub has no metadata module: that is what the contract of the kernel finds."""
+    for options in ((), ("--vllm-source", str(installed.root))):
+        code, found = report(*options)
+        assert (code, found["status"]) == (0, "active")
+        assert found["decode_kernel"].startswith(BREACH)
+
+
+def test_of_a_version_alone_it_is_said_from_which_on(report: Any, isolated: None) -> None:
+    assert "with vLLM 0.28 and later" in report("--vllm-version", "0.27.1")[1]["decode_kernel"]
+    assert report("--vllm-version", "0.19.1")[1]["decode_kernel"] is None
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_kernel_alone_is_active_and_its_strategy_serial(
+    kernel_host: Any, report: Any, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "serial")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_DECODE_KERNEL", "1")
+    options = ("--vllm-source", str(kernel_host.root)) if elsewhere else ()
+    for required, code in (((), 0), (("--require", "serial"), 0), (("--require", "fused"), 1)):
+        found_code, found = report(*required, *options)
+        assert (found_code, found["status"], found["strategy"]) == (code, "refused" if code else "active", "serial")
+    monkeypatch.setattr(check, "why_no_decode_kernel", lambda package: "it says so")
+    code, found = report(*options)
+    assert (code, found["status"], found["reason"]) == (1, "serial", "no decode kernel: it says so")
+
+
+@pytest.mark.parametrize("strategy", ["auto", "serial"])
+def test_a_strict_engine_stops_where_the_kernel_was_asked_for_and_is_off(
+    installed: Any, plugin: Any, report: Any, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("STRICT", "1"), ("DECODE_KERNEL", "1"), ("STRATEGY", strategy)):
+        monkeypatch.setenv(f"VLLM_GDN_PLUGIN_{name}", text)
+    code, found = report()
+    assert (code, found["status"]) == (1, "refused")
+    assert "unset VLLM_GDN_PLUGIN_STRICT" in found["what_to_do"]
+    plugin.register()
+    stock = plugin.import_gdn()
+    with pytest.raises(RuntimeError, match="no decode kernel: the source of "):
+        stock("layers.0")
+    assert found["reason"].startswith("no decode kernel: the source of ")

@@ -14,17 +14,20 @@ from typing import Any
 
 import pytest
 
-from vllm_gdn_plugin.cli.check import CannotTell, Report, check_elsewhere, with_model
+from vllm_gdn_plugin.cli.check import MAY_RUN, CannotTell, Report, check_elsewhere, with_model
 from vllm_gdn_plugin.decide import checkpoint
 from vllm_gdn_plugin.decide.checkpoint import (
     EngineFlags,
+    ModelFacts,
     Undecidable,
     Unreadable,
     digest,
     find_directory,
+    gdn_shape,
     group,
     unquantised_facts,
 )
+from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import LayerFacts, ProjectionFacts
 from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
 from vllm_gdn_plugin.host import model as host_model
@@ -53,7 +56,7 @@ def model(tmp_path: Path) -> Callable[..., str]:
     return write
 
 
-def facts_of(directory: str, **flags: Any) -> tuple[int, dict[int, LayerFacts]]:
+def facts_of(directory: str, **flags: Any) -> ModelFacts:
     return unquantised_facts(Path(directory), EngineFlags(**flags), "cuda", False)
 
 
@@ -63,15 +66,17 @@ def elsewhere(model: str, **flags: Any) -> Report:
 
 
 def test_a_model_without_quantisation_is_told_without_vllm(model: Any) -> None:
-    hidden_size, facts = facts_of(model())
-    (alike,) = group(hidden_size, facts, "auto")
+    facts = facts_of(model())
+    (alike,) = group(facts.shape.hidden_size, facts.layers, "auto")
     assert (alike.layers, alike.plan.strategy, alike.facts.quantization) == (GDN_LAYERS, "fused", "")
     assert str(alike) == (
         "6 GDN layers (0-2, 4-6): fused; in_proj_qkvz 4096 x 12288 UnquantizedLinearMethod, in_proj_ba 4096 x 64"
         " UnquantizedLinearMethod; every condition of fused holds"
     )
     report = elsewhere(model())
-    assert (report.status, report.strategy, report.model) == ("active", "fused", [str(alike)])
+    kernel = "may run in Qwen3.5 and later with vLLM 0.28 and later: it proves itself when the engine starts"
+    assert (report.status, report.strategy, report.decode_kernel) == ("active", "fused", kernel)
+    assert report.model == [f"{alike}; decode kernel {kernel}"]
     assert report.warnings == ["the platform is not known here: the plan for the model is the one for CUDA"]
 
 
@@ -142,8 +147,9 @@ def test_layers_that_differ_are_told_apart() -> None:
 
 @pytest.mark.parametrize(("size", "qkvz", "ba"), [(1, 12288, 64), (4, 3072, 16)])
 def test_shapes(model: Any, size: int, qkvz: int, ba: int) -> None:
-    hidden_size, facts = facts_of(model(), tensor_parallel_size=size)
-    assert (hidden_size, facts[0].qkvz.output_size, facts[0].ba.output_size) == (4096, qkvz, ba)
+    facts = facts_of(model(), tensor_parallel_size=size)
+    assert facts.shape.hidden_size == 4096
+    assert (facts.layers[0].qkvz.output_size, facts.layers[0].ba.output_size) == (qkvz, ba)
 
 
 def test_batch_invariance_is_taken_from_the_environment(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,18 +160,27 @@ def test_batch_invariance_is_taken_from_the_environment(model: Any, monkeypatch:
     assert "promises bit-equal results" in report.model[0]
 
 
+DECODE = DecodeFacts("cuda")
+
+
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> dict[int, LayerFacts]:
-    """What vLLM says when it is asked, on a GPU that was not timed before."""
+    """What vLLM says when it is asked, on a GPU that was not timed before; of the decode it says :data:`DECODE`."""
     found: dict[int, LayerFacts] = {}
     timing = ModuleType("vllm_gdn_plugin.run.timing")
     timing.kept_ways_of = lambda facts, hidden_size, device: ""  # type: ignore[attr-defined]
+    timing.kept_decode_ways_of = lambda *args: ""  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, timing.__name__, timing)
-    monkeypatch.setattr(host_model, "layer_facts_of", lambda *args: (4096, found))
+
+    def model_facts(*args: Any) -> ModelFacts:
+        return ModelFacts(gdn_shape(TEXT, 1), found, DECODE if args[-1] else None)
+
+    monkeypatch.setattr(host_model, "model_facts", model_facts)
     return found
 
 
 HERE = Report("active", "", "auto", platform="cuda", device="NVIDIA H200")
+WITH_KERNEL = replace(HERE, decode_kernel=MAY_RUN)
 
 
 def test_where_vllm_is_installed_it_is_asked(model: Any, asked: dict[int, LayerFacts]) -> None:
@@ -202,14 +217,14 @@ def test_what_vllm_changes_while_it_is_asked_is_put_back(monkeypatch: pytest.Mon
     for module in (formats, awq):
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    def layer_facts(*args: Any) -> Any:
+    def model_facts(*args: Any) -> Any:
         seen.append(os.environ["VLLM_PLUGINS"].split(","))
         return awq.get_safetensors_params_metadata("here")  # type: ignore[attr-defined]
 
-    monkeypatch.setattr(host_model, "_layer_facts", layer_facts)
+    monkeypatch.setattr(host_model, "_model_facts", model_facts)
     monkeypatch.setenv("VLLM_PLUGINS", "vllm_gdn_plugin,another")
     with pytest.raises(Undecidable, match=r"does not list the quantised modules.*\(Qwen/X gives none\)"):
-        host_model.layer_facts_of("Qwen/X", Path("here"), None, EngineFlags(), "cuda")
+        host_model.model_facts("Qwen/X", Path("here"), None, EngineFlags(), "cuda", False)
     assert (seen, os.environ["VLLM_PLUGINS"]) == ([["another"]], "vllm_gdn_plugin,another")
     assert awq.get_safetensors_params_metadata is original  # type: ignore[attr-defined]
 
@@ -227,8 +242,8 @@ def test_strict_and_a_serial_layer_do_not_go_together(
 
 
 def test_auto_on_the_cpu_is_stock(model: Any) -> None:
-    hidden_size, facts = unquantised_facts(Path(model()), EngineFlags(), "cpu", False)
-    assert [g.plan.strategy for g in group(hidden_size, facts, "auto")] == ["serial"]
+    facts = unquantised_facts(Path(model()), EngineFlags(), "cpu", False)
+    assert [g.plan.strategy for g in group(4096, facts.layers, "auto")] == ["serial"]
 
 
 @pytest.mark.parametrize(
@@ -374,3 +389,109 @@ def test_what_this_gpu_was_timed_to_do_best_is_told(
     (line,) = with_model(replace(HERE, platform=platform), model()).model
     assert line.endswith(told)
     assert ("in CUDA graphs" in line) == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "facts"),
+    [
+        ({}, {}, {}),
+        ({"mamba_ssm_dtype": "float32"}, {}, {"dtypes": ("bfloat16", "bfloat16", "float32", "bfloat16")}),
+        (
+            {"mamba_ssm_dtype": "float32"},
+            {"mamba_ssm_cache_dtype": "float16"},
+            {"dtypes": ("bfloat16", "bfloat16", "float16", "bfloat16")},
+        ),
+        ({}, {"dtype": "float16"}, {"dtypes": ("float16",) * 4}),
+        ({"output_gate_type": "swish"}, {}, {"gate": "silu"}),
+        ({"output_gate_type": "sigmoid"}, {}, {"gate": "sigmoid"}),
+        ({"linear_key_head_dim": 64}, {}, {"head_dims": (64, 128)}),
+        ({"linear_conv_kernel_dim": 3, "hidden_act": "gelu"}, {}, {"conv": (3, False, "gelu")}),
+        ({"model_type": "qwen3_next"}, {}, {"layout": "interleaved"}),
+        ({}, {"enable_lora": True, "enable_dbo": True}, {"lora": True, "ubatching": True}),
+        ({}, {"speculative_config": '{"method": "mtp"}'}, {"speculation": True}),
+    ],
+)
+def test_what_the_decode_depends_on_is_told_without_vllm(model: Any, changes: Any, flags: Any, facts: Any) -> None:
+    """With vLLM, of each release that has the packed branch: tests/engine/test_check_formats.py."""
+    plain = replace(DECODE, dtypes=("bfloat16",) * 4)
+    assert facts_of(model(TEXT | changes), **flags).decode == replace(plain, **facts)
+
+
+def test_a_model_without_the_kernel_is_told_the_reason(model: Any) -> None:
+    report = elsewhere(model(TEXT | {"model_type": "qwen3_next"}))
+    assert report.decode_kernel == "off: the projection's output is interleaved, as Qwen3-Next has it"
+    assert report.model[0].endswith(f"; decode kernel {report.decode_kernel}")
+    assert (report.status, report.strategy, report.exit_code) == ("active", "fused", 0)
+    assert elsewhere(model(), speculative_config="{}").decode_kernel == (
+        "off: with speculative decoding vLLM has a kernel of its own"
+    )
+
+
+QUANTISED = of_method("Fp8LinearMethod", "Fp8LinearMethod")
+
+
+@pytest.mark.parametrize(
+    ("variables", "kernel", "status", "reason"),
+    [
+        ({}, MAY_RUN, "active", "the decode kernel alone, by the model's configuration"),
+        ({"STRICT": "1"}, MAY_RUN, "active", "the decode kernel alone"),
+        ({}, "off: it says so", "serial", "one GEMM cannot serve"),
+        ({"STRICT": "1"}, "off: it says so", "refused", "one GEMM cannot serve"),
+        ({"DECODE_KERNEL": "1"}, "off: it says so", "serial", "one GEMM cannot serve"),
+        ({"DECODE_KERNEL": "1", "STRICT": "1"}, "off: it says so", "refused", "no decode kernel: it says so"),
+        ({"STRATEGY": "serial", "DECODE_KERNEL": "1"}, MAY_RUN, "active", "the decode kernel alone"),
+    ],
+)
+def test_layers_that_only_the_kernel_is_for(
+    model: Any,
+    asked: dict[int, LayerFacts],
+    variables: dict[str, str],
+    kernel: str,
+    status: str,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in the engine, such a layer is left to vLLM only where it has no kernel either."""
+    asked |= {0: QUANTISED}
+    for name, text in variables.items():
+        monkeypatch.setenv(f"VLLM_GDN_PLUGIN_{name}", text)
+    report = with_model(replace(HERE, decode_kernel=kernel), model())
+    assert (report.status, report.strategy) == (status, "serial")
+    assert reason in report.reason
+    assert ("unset VLLM_GDN_PLUGIN_STRICT" in report.what_to_do) == (status == "refused")
+
+
+@pytest.mark.parametrize(
+    ("variables", "kept", "told"),
+    [
+        ({}, "kernel at 1 to 16 tokens", "may run: kernel at 1 to 16 tokens (timed at an earlier start)"),
+        ({}, "", f"{MAY_RUN}, and is timed on this GPU"),
+        ({"TUNE": "0"}, "kernel at 1 to 16 tokens", MAY_RUN),
+        ({"DECODE_KERNEL": "1"}, "kernel at 1 to 16 tokens", MAY_RUN),
+    ],
+)
+def test_the_sizes_at_which_the_kernel_was_faster_are_told(
+    model: Any,
+    asked: dict[int, LayerFacts],
+    variables: dict[str, str],
+    kept: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+    timing = sys.modules["vllm_gdn_plugin.run.timing"]
+    monkeypatch.setattr(timing, "kept_decode_ways_of", lambda *args: seen.append(args) or kept)
+    asked |= {0: of_method(UNQUANTIZED)}
+    for name, text in variables.items():
+        monkeypatch.setenv(f"VLLM_GDN_PLUGIN_{name}", text)
+    report = with_model(WITH_KERNEL, model(), None, EngineFlags(tensor_parallel_size=4))
+    assert report.decode_kernel == told
+    assert report.model[0].endswith(f"; decode kernel {told}")
+    assert all(args == (DECODE, 8, 2048, "NVIDIA H200") for args in seen), "of one rank"
+    assert bool(seen) == (not variables)
+
+
+def test_where_the_plugin_takes_no_part_nothing_is_told_of_the_kernel(model: Any, asked: dict[int, LayerFacts]) -> None:
+    asked |= {0: of_method(UNQUANTIZED)}
+    report = with_model(replace(HERE, status="refused"), model())
+    assert (report.decode_kernel, "decode kernel" in report.model[0]) == (None, False)

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL, LayerFacts, ProjectionFacts
 from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
 from vllm_gdn_plugin.tune.choose import MARGIN, at, described, fastest, fastest_throughout
@@ -223,6 +224,19 @@ def test_check_tells_what_was_kept(timing: Any, plugin: Any, tmp_path: Path) -> 
     case.file(tmp_path).replace(case.file(tmp_path / "vllm_gdn_plugin"))
     assert timing.kept_ways_of(FACTS, 2048, "NVIDIA H200") == "serial at 8 tokens"
     assert timing.kept_ways_of(FACTS, 2048, "NVIDIA H100") == ""
+
+
+def test_check_tells_what_was_kept_of_the_decode(timing: Any, plugin: Any, tmp_path: Path) -> None:
+    plugin.vllm("envs").VLLM_CACHE_ROOT = str(tmp_path)
+    facts, device = DecodeFacts("cuda"), "NVIDIA H200"
+    case = timing.decode_case(facts, 32, 8192, device)
+    directory, times = tmp_path / "vllm_gdn_plugin", sys.modules["vllm_gdn_plugin.tune.times"]
+    kernel = {1: 5, 2: 6, 64: 8.9}  # the last is within the margin
+    kept = {tokens: {"stock": times.Time(9, 0.0), "kernel": times.Time(us, 0.0)} for tokens, us in kernel.items()}
+    times.keep(case, kept, directory)
+    assert timing.kept_decode_ways_of(facts, 32, 8192, device) == "kernel at 1 to 2 tokens, stock at 64 tokens"
+    others = [(replace(facts, gate="sigmoid"), 32, 8192), (facts, 8, 8192), (facts, 32, 2048)]
+    assert [timing.kept_decode_ways_of(*other, device) for other in others] == ["", "", ""]
 
 
 # What is kept.

@@ -17,6 +17,7 @@ from vllm_gdn_plugin.decide.checkpoint import (
     NOT_LOOKED_AT,
     EngineFlags,
     LayerGroup,
+    ModelFacts,
     Undecidable,
     Unreadable,
     find_directory,
@@ -26,7 +27,9 @@ from vllm_gdn_plugin.decide.checkpoint import (
 )
 from vllm_gdn_plugin.decide.contract import Contract, check_contract
 from vllm_gdn_plugin.decide.decision import Decision, Status, decide, refusal
-from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, SERIAL, LayerFacts, platform_plan
+from vllm_gdn_plugin.decide.decode import DecodeFacts, why_no_kernel
+from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
+from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, SERIAL, platform_plan
 from vllm_gdn_plugin.host import facts, imports
 from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
@@ -53,6 +56,8 @@ class Report:
     reason: str
     strategy: str
     what_to_do: str = ""
+    decode_kernel: str | None = None
+    """That it may run, or :data:`OFF` and why; None where the plugin takes no part."""
     plugin_version: str = vllm_gdn_plugin.__version__
     supported_range: str = SUPPORTED_RANGE
     vllm_version: str | None = None
@@ -109,6 +114,10 @@ ADVICE: dict[Status, str] = {
 
 STRICT_ADVICE = "unset VLLM_GDN_PLUGIN_STRICT: with it the engine will stop here"
 
+OFF = "off: "
+MAY_RUN = "may run in Qwen3.5 and later: it proves itself when the engine starts"
+MAY_RUN_FROM = "may run in Qwen3.5 and later with vLLM 0.28 and later: it proves itself when the engine starts"
+
 
 def check_here(environ: Mapping[str, str] | None = None) -> Report:
     """What will happen in this environment when vLLM starts. Imports vLLM, and asks it for its platform."""
@@ -129,11 +138,12 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
     advice = ADVICE[decision.status]
     if settings.strict and decision.status in ("serial", "refused") and settings.strategy != SERIAL:
         advice = STRICT_ADVICE
-    return Report(
+    report = Report(
         decision.status,
         decision.reason,
         decision.strategy,
         advice,
+        _decode_kernel(settings, platform, package) if decision.status in ("active", "serial") and platform else None,
         vllm_version=found,
         torch_version=_torch_version(),
         platform=platform,
@@ -143,6 +153,28 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
         vllm_plugins=plugins,
         warnings=warnings,
     )
+    return _if_asked_in_vain(report, settings)
+
+
+def _decode_kernel(settings: Settings, platform: str, package: "Traversable | None") -> str:
+    """Whether the decode kernel may run with these settings and with vLLM's sources, where these are known."""
+    why_not = why_no_kernel(DecodeFacts(platform), settings.decode_kernel, settings.strategy)
+    if package is not None:
+        why_not = why_not or why_no_decode_kernel(package)
+    return f"{OFF}{why_not}" if why_not else MAY_RUN if package is not None else MAY_RUN_FROM
+
+
+def _if_asked_in_vain(report: Report, settings: Settings) -> Report:
+    """A strict engine stops where the decode kernel was asked for and is off; one that asked for it alone is stock."""
+    told = report.decode_kernel or ""
+    if report.status != "active" or settings.decode_kernel != "1" or not told.startswith(OFF):
+        return report
+    reason = f"no decode kernel: {told.removeprefix(OFF)}"
+    if settings.strict:
+        return replace(report, status="refused", strategy=SERIAL, reason=reason, what_to_do=STRICT_ADVICE)
+    if report.strategy == SERIAL:
+        return replace(report, status="serial", reason=reason, what_to_do=ADVICE["serial"])
+    return report
 
 
 def with_model(report: Report, model: str, revision: str | None = None, flags: EngineFlags | None = None) -> Report:
@@ -162,7 +194,7 @@ def with_model(report: Report, model: str, revision: str | None = None, flags: E
     engine = f"{flags}; not looked at, though they can change the plan: {', '.join(NOT_LOOKED_AT)}"
     report = replace(report, engine=engine, warnings=warnings)
     try:
-        hidden_size, found = _layer_facts(report, model, revision, flags)
+        found = _model_facts(report, model, revision, flags)
     except Unreadable as error:
         raise CannotTell(f"--model {model}: {error}") from None
     except Undecidable as error:
@@ -170,33 +202,52 @@ def with_model(report: Report, model: str, revision: str | None = None, flags: E
             raise CannotTell(f"--model {model}: {error}") from None
         warnings.append(f"the plan for the model cannot be told: {error}")
         return report
-    groups = group(hidden_size, found, settings.strategy)
-    report = replace(report, model=[f"{alike}{_timed(alike, report, settings)}" for alike in groups])
+    groups = group(found.shape.hidden_size, found.layers, settings.strategy)
+    kernel = _decode_kernel_of(found, report, settings, flags)
+    lines = [f"{alike}{_timed(alike, report, settings)}" for alike in groups]
+    if kernel:
+        lines = [f"{line}; decode kernel {kernel}" for line in lines]
+    report = _if_asked_in_vain(replace(report, model=lines, decode_kernel=kernel), settings)
     if report.status != "active":
         return report
     strategies = sorted({alike.plan.strategy for alike in groups})
-    if settings.strict and settings.strategy != SERIAL and SERIAL in strategies:
+    if SERIAL in strategies and (kernel or OFF).startswith(OFF):
         reason = next(alike.plan.reason for alike in groups if alike.plan.strategy == SERIAL)
-        return replace(report, status="refused", strategy=SERIAL, reason=reason, what_to_do=STRICT_ADVICE)
-    if strategies == [SERIAL]:
-        return replace(
-            report, status="serial", strategy=SERIAL, reason=groups[0].plan.reason, what_to_do=ADVICE["serial"]
-        )
-    return replace(report, strategy="+".join(strategies), reason=f"by the model's configuration, for {flags}")
+        if settings.strict and settings.strategy != SERIAL:
+            return replace(report, status="refused", strategy=SERIAL, reason=reason, what_to_do=STRICT_ADVICE)
+        if strategies == [SERIAL]:
+            return replace(report, status="serial", strategy=SERIAL, reason=reason, what_to_do=ADVICE["serial"])
+    what = "the decode kernel alone, " if strategies == [SERIAL] else ""
+    return replace(report, strategy="+".join(strategies), reason=f"{what}by the model's configuration, for {flags}")
 
 
-def _layer_facts(
-    report: Report, model: str, revision: str | None, flags: EngineFlags
-) -> tuple[int, dict[int, LayerFacts]]:
+def _model_facts(report: Report, model: str, revision: str | None, flags: EngineFlags) -> ModelFacts:
     directory = find_directory(model, revision)
     if report.platform is None:
         batch_invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
         return unquantised_facts(directory, flags, "cuda", batch_invariant)
     load_config(directory)  # its errors are plainer than vLLM's
+    decode = report.decode_kernel == MAY_RUN
     with redirect_stdout(sys.stderr):
-        from vllm_gdn_plugin.host.model import layer_facts_of
+        from vllm_gdn_plugin.host.model import model_facts
 
-        return layer_facts_of(model, directory, revision, flags, report.platform)
+        return model_facts(model, directory, revision, flags, report.platform, decode)
+
+
+def _decode_kernel_of(found: ModelFacts, report: Report, settings: Settings, flags: EngineFlags) -> str | None:
+    """The same for a model, with what earlier starts on this GPU have chosen."""
+    if found.decode is None or report.decode_kernel not in (MAY_RUN, MAY_RUN_FROM):
+        return report.decode_kernel
+    why_not = why_no_kernel(found.decode, settings.decode_kernel, settings.strategy)
+    if why_not:
+        return f"{OFF}{why_not}"
+    if settings.decode_kernel == "1" or not settings.tune or report.platform is None:
+        return report.decode_kernel
+    from vllm_gdn_plugin.run.timing import kept_decode_ways_of
+
+    qkv, heads = (size // flags.tensor_parallel_size for size in (sum(found.shape.qkvz[:3]), found.shape.value_heads))
+    chosen = kept_decode_ways_of(found.decode, heads, qkv, report.device or "")
+    return f"may run: {chosen} (timed at an earlier start)" if chosen else f"{MAY_RUN}, and is timed on this GPU"
 
 
 def _timed(group: LayerGroup, report: Report, settings: Settings) -> str:
@@ -221,22 +272,28 @@ def check_elsewhere(vllm_version: str | None, vllm_source: str | None) -> Report
     """
     settings, warnings = read_settings()
     verdict = judge_version(vllm_version, settings.allow_untested) if vllm_version is not None else None
-    contract = check_contract(open_source(vllm_source)) if vllm_source is not None else None
+    package = open_source(vllm_source) if vllm_source is not None else None
+    contract = check_contract(package) if package is not None else None
     refused = refusal(verdict, contract)
     holds = refused is None
     reason = refused or "; ".join(part.reason for part in (verdict, contract) if part is not None)
+    kernel = _decode_kernel(settings, "cuda", package) if holds else None
     chosen = platform_plan("cuda", settings.strategy)
-    if holds and chosen.strategy == SERIAL:
-        return Report("serial", chosen.reason, SERIAL, ADVICE["serial"], vllm_version=vllm_version, warnings=warnings)
-    return Report(
+    if holds and chosen.strategy == SERIAL and settings.decode_kernel != "1":
+        return Report(
+            "serial", chosen.reason, SERIAL, ADVICE["serial"], kernel, vllm_version=vllm_version, warnings=warnings
+        )
+    report = Report(
         "active" if holds else "refused",
         reason,
         chosen.strategy if holds else SERIAL,
         "run check where vLLM is installed for the whole answer" if holds else ADVICE["refused"],
+        kernel,
         vllm_version=vllm_version,
         contract=contract.reason if contract else None,
         warnings=warnings,
     )
+    return _if_asked_in_vain(report, settings)
 
 
 def open_source(path: str) -> "Traversable":

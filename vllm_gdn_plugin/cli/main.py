@@ -19,6 +19,11 @@ exit status of check:
   2  it cannot tell: vLLM is missing or broken, it does not take the model here, the model is neither here nor to be had
      from the Hub, or the arguments are wrong
 
+decode kernel:
+  The row says whether the kernel for a layer's decode may run. Each start compares it with vLLM's own and uses it where
+  it is right and faster. The exit status and --require speak of the projections' strategy; where nothing but the kernel
+  may run, the plugin installs, and that strategy is serial.
+
 with --model:
   Where vLLM is installed, its own configuration says what it builds for each GDN layer: without weights, and without
   using a GPU. The first time takes some ten seconds more. Elsewhere only models without quantisation can be told.
@@ -33,6 +38,7 @@ environment:
     VLLM_PLUGINS=vllm_gdn_plugin loads this one alone, VLLM_PLUGINS="" loads none.
 """
 
+STATE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
 
@@ -51,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     settings = "\n".join(f"  {name} (default {default})\n    {text}" for name, default, text in describe())
     parser = argparse.ArgumentParser(
         prog="vllm-gdn-plugin",
-        description="Runs the two input projections of a Gated Delta Net layer together in vLLM.",
+        description="Speeds up Gated Delta Net layers in vLLM: their input projections, and their decode.",
         epilog="vllm-gdn-plugin check --help explains the report, the exit status and the settings.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {vllm_gdn_plugin.__version__}")
@@ -90,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("--enable-dbo", action="store_true")
     flags.add_argument("--cpu-offload-gb", type=_gigabytes, default=0.0, metavar="GIB")
     flags.add_argument("--offload-group-size", type=_number, default=0, metavar="N")
+    flags.add_argument("--mamba-ssm-cache-dtype", default="auto", choices=STATE_DTYPES)
+    flags.add_argument("--speculative-config", metavar="JSON", help="only whether it is given matters")
     commands.add_parser(
         "bench", help="time the input projections, or whole engines with and without the plugin", add_help=False
     )

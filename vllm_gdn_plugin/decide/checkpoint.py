@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import LayerFacts, Plan, ProjectionFacts, plan
 from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
 
@@ -39,6 +40,8 @@ class EngineFlags:
     enable_dbo: bool = False
     cpu_offload_gb: float = 0
     offload_group_size: int = 0
+    mamba_ssm_cache_dtype: str = "auto"
+    speculative_config: str | None = None
 
     @property
     def offload(self) -> bool:
@@ -60,6 +63,7 @@ NOT_LOOKED_AT = (
     "--load-format",
     "--model-impl",
     "--ubatch-size",
+    "--mamba-cache-dtype",
 )
 """Further flags that can change a plan."""
 
@@ -85,6 +89,17 @@ class GdnShape:
     def ba(self) -> tuple[int, int]:
         """Outputs of ``in_proj_ba``: b and a."""
         return self.value_heads, self.value_heads
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is known of a model's GDN layers before its engine is started."""
+
+    shape: GdnShape
+    layers: Mapping[int, LayerFacts]
+    """By index, those of ``shape.layers``."""
+    decode: DecodeFacts | None = None
+    """The same for all of them; None where nobody asked."""
 
 
 @dataclass(frozen=True)
@@ -239,10 +254,8 @@ def _layer_types(config: Mapping[str, Any]) -> list[str]:
     return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
 
 
-def unquantised_facts(
-    directory: Path, flags: EngineFlags, platform: str, batch_invariant: bool
-) -> tuple[int, dict[int, LayerFacts]]:
-    """(hidden size, the facts about each GDN layer by index) of the model in a directory, without vLLM.
+def unquantised_facts(directory: Path, flags: EngineFlags, platform: str, batch_invariant: bool) -> ModelFacts:
+    """The facts about the GDN layers of the model in a directory, without vLLM.
 
     Only where nothing is quantised: how the modules of a quantised model are matched differs by format and release.
 
@@ -279,7 +292,27 @@ def unquantised_facts(
         offload=flags.offload,
         ubatching=flags.enable_dbo,
     )
-    return shape.hidden_size, dict.fromkeys(shape.layers, facts)
+    return ModelFacts(shape, dict.fromkeys(shape.layers, facts), _decode_facts(config, kind, facts, flags))
+
+
+def _decode_facts(config: Mapping[str, Any], model_type: str, facts: LayerFacts, flags: EngineFlags) -> DecodeFacts:
+    """As vLLM's layer takes them from the text configuration, whose class has these defaults."""
+    dtype, recurrent_state = facts.activation_dtype, flags.mamba_ssm_cache_dtype
+    if recurrent_state == "auto":
+        recurrent_state = str(config.get("mamba_ssm_dtype") or dtype)
+    gate = config.get("output_gate_type", "silu")
+    return DecodeFacts(
+        platform=facts.platform,
+        layout="interleaved" if model_type == "qwen3_next" else "flat",
+        head_dims=(config["linear_key_head_dim"], config["linear_value_head_dim"]),
+        conv=(config.get("linear_conv_kernel_dim", 4), False, config.get("hidden_act", "silu")),
+        gate="silu" if gate == "swish" else gate,
+        dtypes=(dtype, dtype, recurrent_state, dtype),
+        lora=facts.lora,
+        batch_invariant=facts.batch_invariant,
+        speculation=flags.speculative_config is not None,
+        ubatching=facts.ubatching,
+    )
 
 
 def _has(key: str, *configs: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import shorten
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import vllm_gdn_plugin
-from vllm_gdn_plugin.decide.checkpoint import EngineFlags, GdnShape, Undecidable, Unreadable, gdn_shape
+from vllm_gdn_plugin.decide.checkpoint import EngineFlags, GdnShape, ModelFacts, Undecidable, Unreadable, gdn_shape
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import LayerFacts
 from vllm_gdn_plugin.host import facts
 
@@ -30,10 +32,10 @@ LAYERS_BELOW = {
 Qwen4-Exp is left out: it swaps linear methods after construction, by GPU and shape."""
 
 
-def layer_facts_of(
-    model: str, directory: Path, revision: str | None, flags: EngineFlags, platform: str
-) -> tuple[int, dict[int, LayerFacts]]:
-    """(hidden size, the facts about each GDN layer by index) of the model whose config.json is in ``directory``.
+def model_facts(
+    model: str, directory: Path, revision: str | None, flags: EngineFlags, platform: str, decode: bool
+) -> ModelFacts:
+    """The facts about the GDN layers of the model whose config.json is in ``directory``.
 
     vLLM makes the engine's configuration, resolves the model's class, and its quantisation config chooses the linear
     method of each projection, by the name the projection has in that class. Another plugin's models and formats count;
@@ -41,6 +43,7 @@ def layer_facts_of(
 
     Args:
         model: the directory, or the Hub id that it is a snapshot of: headers of weights that it lacks are asked for.
+        decode: whether to tell of their decode, too; the contract of the decode kernel has to hold.
 
     Raises:
         Unreadable: it is no model with GDN layers, or its heads cannot be split so many ways.
@@ -48,14 +51,14 @@ def layer_facts_of(
     """
     try:
         with _without_this_plugin(), _headers_of_weights(model, revision):
-            return _layer_facts(directory, flags, platform)
+            return _model_facts(directory, flags, platform, decode)
     except (Unreadable, Undecidable):
         raise
     except (Exception, SystemExit) as error:
         raise Undecidable(f"vLLM does not take this model here: {_in_short(error)}") from None
 
 
-def _layer_facts(directory: Path, flags: EngineFlags, platform: str) -> tuple[int, dict[int, LayerFacts]]:
+def _model_facts(directory: Path, flags: EngineFlags, platform: str, decode: bool) -> ModelFacts:
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -66,6 +69,7 @@ def _layer_facts(directory: Path, flags: EngineFlags, platform: str) -> tuple[in
         quantization=flags.quantization,
         dtype=flags.dtype,
         enforce_eager=flags.enforce_eager,
+        mamba_ssm_cache_dtype=flags.mamba_ssm_cache_dtype,
         allow_deprecated_quantization=True,  # the engine says by itself that it wants this flag
         load_format="dummy",
     ).create_engine_config()
@@ -94,9 +98,10 @@ def _layer_facts(directory: Path, flags: EngineFlags, platform: str) -> tuple[in
                     ubatching=flags.enable_dbo,
                     weights_in_place=True,
                 )
+            decoding = _decode_facts(config, shape, INTERLEAVED in bases, found[index], flags) if decode else None
     finally:
         torch.set_default_dtype(default_dtype)
-    return shape.hidden_size, found
+    return ModelFacts(shape, found, decoding)
 
 
 def _projections(
@@ -136,9 +141,44 @@ def _linear(quant_config: Any, prefix: str, hidden_size: int, output_sizes: list
 
 def _keeps_ba_whole(quant_config: Any, interleaved: bool) -> bool:
     """Whether every tensor-parallel rank has all of ``in_proj_ba``, as vLLM's layer class decides; 0.20's doesn't."""
-    classes = (getattr(sys.modules.get(module), name, None) for module, name in GDN_CLASSES.items())
-    rules = [rule for rule in (getattr(known, "maybe_disable_tp", None) for known in classes) if rule]
-    return any(rule(SimpleNamespace(gqa_interleaved_layout=interleaved), quant_config) for rule in rules)
+    rule = getattr(_layer_class(), "maybe_disable_tp", None)
+    return bool(rule and rule(SimpleNamespace(gqa_interleaved_layout=interleaved), quant_config))
+
+
+def _layer_class() -> Any:
+    """vLLM's class of the layer, which the model's module has imported."""
+    return next(filter(None, (getattr(sys.modules.get(module), name, None) for module, name in GDN_CLASSES.items())))
+
+
+def _decode_facts(
+    config: Any, shape: GdnShape, interleaved: bool, facts_of_layer: LayerFacts, flags: EngineFlags
+) -> DecodeFacts:
+    """Asked of what the constructor of vLLM's layer, in 0.28 and later, would set and the decode depends on."""
+    from vllm import envs
+
+    text = config.model_config.hf_text_config
+    gate = getattr(text, "output_gate_type", "silu")
+    norm = SimpleNamespace(
+        activation="silu" if gate == "swish" else gate,
+        group_size=None,
+        norm_before_gate=True,
+        weight=SimpleNamespace(dtype=config.model_config.dtype),
+    )
+    layer = SimpleNamespace(
+        model_config=config.model_config,
+        cache_config=config.cache_config,
+        gqa_interleaved_layout=interleaved,
+        head_k_dim=shape.key_dim,
+        head_v_dim=shape.value_dim,
+        conv_kernel_size=text.linear_conv_kernel_dim,
+        conv1d=SimpleNamespace(bias=None),
+        activation=text.hidden_act,
+        norm=norm,
+        enable_packed_recurrent_decode=envs.VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE,
+    )
+    layer.get_state_dtype = partial(_layer_class().get_state_dtype, layer)
+    found = facts.decode_facts(layer, facts_of_layer)
+    return replace(found, speculation=flags.speculative_config is not None)
 
 
 @contextmanager

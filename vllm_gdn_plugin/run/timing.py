@@ -126,6 +126,17 @@ def ways_of(
     return chosen, f"{described(chosen)} ({how})" if chosen else ""
 
 
+def decode_case(facts: DecodeFacts, value_heads: int, qkv: int, device: str | None = None) -> Case:
+    """What the times of a layer's decode depend on; value heads, and channels of conv1d, are those of a rank."""
+    named = {"decode": tuple(asdict(facts).values()), "heads": value_heads, "qkv": qkv}
+    return case_of("decode", named, (STOCK, KERNEL), device)
+
+
+def kept_decode_ways_of(facts: DecodeFacts, value_heads: int, qkv: int, device: str) -> str:
+    """What earlier starts on the GPU of that name have chosen for such layers, in a phrase; empty for nothing."""
+    return described(fastest(kept(decode_case(facts, value_heads, qkv, device)), STOCK))
+
+
 def decode_ways_of(stock: Any, layer: Any, facts: DecodeFacts, sizes: Sequence[int]) -> tuple[dict[int, str], str]:
     """The decode kernel or vLLM's own for each captured number of tokens, and a phrase that tells it.
 
@@ -143,9 +154,7 @@ def decode_ways_of(stock: Any, layer: Any, facts: DecodeFacts, sizes: Sequence[i
     sizes = [n for n in sizes if n <= min(MOST_DECODED, slots)]
     if not sizes:
         return {}, ""
-    named = {"decode": tuple(asdict(facts).values()), "heads": heads, "qkv": layer.conv1d.weight.shape[0]}
-    ways = (STOCK, KERNEL)
-    case = case_of("decode", named, ways)
+    case = decode_case(facts, heads, layer.conv1d.weight.shape[0])
 
     def measure(missing: list[int]) -> Any:
         scratch = ScratchLayer(layer, slots + 1, max(missing))
