@@ -466,6 +466,7 @@ def mixed(models: Callable[[str], Path], scratch: Path) -> str:
     return "qwen3_5_w8a8"
 
 
+@pytest.mark.slow
 def test_mixed_precision(run: Callable[..., Any], mixed: str) -> None:
     stock, dual_stream, fused = (run(mixed, env) for env in (OFF, {"VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}, FUSED))
     assert said(dual_stream) == said(stock)

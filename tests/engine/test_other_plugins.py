@@ -99,8 +99,9 @@ def assert_theirs(got: dict[str, Any], stock: dict[str, Any]) -> None:
     assert "OtherPluginsLayer of another plugin replaces the GDN layer" in line
 
 
+QUICK = (True, "registers in its function")
 ORDERS = [
-    pytest.param(ours_first, how, marks=() if how == "registers in its function" else pytest.mark.slow)
+    pytest.param(ours_first, how, marks=() if (ours_first, how) == QUICK else pytest.mark.slow)
     for ours_first in (True, False)
     for how in ("registers in its function", "registers at import")
 ]
@@ -115,6 +116,7 @@ def test_the_other_plugin_s_class_is_built(run: Callable[..., Any], stock: Any, 
     assert got["classes"] == ["other_plugin.take.<locals>.OtherPluginsLayer"]
 
 
+@pytest.mark.slow
 def test_the_layer_s_module_is_imported_early_by_somebody_else(run: Callable[..., Any], stock: Any) -> None:
     got = run(ON | {"OTHER_PLUGIN": "imports the layer"})
     assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])

@@ -203,6 +203,7 @@ def stock_answer(answer: Callable[..., Any]) -> Any:
     return stock
 
 
+@pytest.mark.slow
 def test_serving_over_http(answer: Callable[..., Any], stock_answer: Any) -> None:
     """Where VLLM_PLUGINS names the plugin (`witness` is the tests' own observer), whatever else it names."""
     got, log, events = answer(VLLM_PLUGINS="witness,no_such_plugin,vllm_gdn_plugin", **ON)

@@ -13,6 +13,12 @@ from tiny_model import KINDS, make_model
 GDN_LAYERS = 3
 STRATEGY = "VLLM_GDN_PLUGIN_STRATEGY"
 SLOW = pytest.mark.slow
+QUICK = {
+    ("qwen3_5", "dual_stream", True),
+    ("qwen3_5", "fused", True),
+    ("qwen3_5", "fused", False),
+    ("qwen3_next", "fused", True),
+}
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +33,11 @@ def generated(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> 
 
 
 def cases() -> Iterator[Any]:
-    """All kinds of models, of which the quick tests run two eagerly and one compiled, with fused."""
+    """All kinds of models and both strategies; the quick ones tell them apart with the least engines."""
     for kind in KINDS:
         for strategy in ("dual_stream", "fused"):
             for eager in (True, False):
-                quick = kind != "qwen3_5_moe" if eager else (kind, strategy) == ("qwen3_5", "fused")
+                quick = (kind, strategy, eager) in QUICK
                 name = f"{strategy}-{kind}-{'eager' if eager else 'compiled'}"
                 yield pytest.param(strategy, kind, eager, id=name, marks=() if quick else SLOW)
 
