@@ -8,7 +8,10 @@ from vllm_gdn_plugin.bench.engine.variants import STRATEGY
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.host import imports, layers, process
 from vllm_gdn_plugin.install import compile_factors, register
-from vllm_gdn_plugin.settings import read_settings
+from vllm_gdn_plugin.settings import PREFIX, read_settings
+
+BEFORE = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+"""What the process was started with, for all engines."""
 
 
 def switch_plugin(variables: Mapping[str, str]) -> None:
@@ -19,7 +22,8 @@ def switch_plugin(variables: Mapping[str, str]) -> None:
     for module, name in GDN_CLASSES.items():
         if module in sys.modules:
             layers.withdraw_from(getattr(sys.modules[module], name))
-    os.environ.pop(STRATEGY, None)
-    os.environ.update(variables)
+    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+        del os.environ[name]  # what an earlier engine was built with must not reach this one
+    os.environ.update({**BEFORE, **variables})
     if STRATEGY in variables:
         register()

@@ -62,15 +62,34 @@ def make_layer(state_dtype: torch.dtype, rows: int | None) -> Any:
     )
 
 
-@pytest.mark.parametrize(
-    ("state_dtype", "rows"),
-    [(torch.float32, None), (torch.bfloat16, QKV + HEADS * DIM + 2 * HEADS + 8)],
-    ids=["apart", "fused"],
-)
-def test_trusted_where_the_host_agrees(state_dtype: torch.dtype, rows: int | None) -> None:
+def test_trusted_where_the_host_agrees_also_on_a_fused_layer_s_strides() -> None:
     from vllm_gdn_plugin.run.proof import why_wrong
 
-    assert why_wrong(Stock, make_layer(state_dtype, rows)) is None
+    assert why_wrong(Stock, make_layer(torch.bfloat16, QKV + HEADS * DIM + 2 * HEADS + 8)) is None
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the second variant is proven with a batch that an interpreter gets through."""
+    from vllm_gdn_plugin.run import decode_kernel, proof
+
+    for module in (decode_kernel, proof):
+        monkeypatch.setattr(module, "ENOUGH_PROGRAMS", 12)
+
+
+def test_both_variants_are_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_gdn_plugin.run import decode_kernel, proof
+
+    proven = set()
+    variant_for = decode_kernel.variant_for
+
+    def noting(num_tokens: int, key_heads: int) -> Any:
+        proven.add(variant_for(num_tokens, key_heads))
+        return variant_for(num_tokens, key_heads)
+
+    monkeypatch.setattr(decode_kernel, "variant_for", noting)
+    assert proof.why_wrong(Stock, make_layer(torch.float32, None)) is None
+    assert proven == {decode_kernel.FEW, decode_kernel.MANY}
 
 
 def test_not_trusted_where_the_host_computes_something_else() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vllm_gdn_plugin.run.decode import Decode, normalise, run_kernel
-from vllm_gdn_plugin.run.decode_kernel import counters_for
+from vllm_gdn_plugin.run.decode_kernel import ENOUGH_PROGRAMS, counters_for
 
 TOKENS, STEPS = 5, 3
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -81,11 +81,21 @@ class ScratchLayer:
 def why_wrong(stock: Any, layer: Any) -> str | None:
     """Why the kernel is not trusted with such layers on this GPU, or None where some steps agree with vLLM's.
 
-    So does the norm that runs where the kernel does not, see :mod:`vllm_gdn_plugin.run.gated_norm`.
+    So do both of its variants, and the norm that runs beside it, see :mod:`vllm_gdn_plugin.run.gated_norm`.
     """
-    ours, theirs, others = (ScratchLayer(layer, TOKENS + 2, TOKENS) for _ in range(3))
-    own = torch.Generator(layer.A_log.device).manual_seed(1)
-    indices = torch.tensor([3, TOKENS + 1, 0, 1, 4], dtype=torch.int32, device=layer.A_log.device)  # 0 is padding
+    key_heads = ScratchLayer(layer, 1, 1).key_heads
+    many = -(-ENOUGH_PROGRAMS // key_heads)
+    return _why_wrong(stock, layer, TOKENS) or _why_wrong(stock, layer, max(TOKENS, many))
+
+
+def _why_wrong(stock: Any, layer: Any, tokens: int) -> str | None:
+    """The same for a batch of so many tokens, of which the third is padding, in slots in any order."""
+    ours, theirs, others = (ScratchLayer(layer, tokens + 2, tokens) for _ in range(3))
+    device = layer.A_log.device
+    own = torch.Generator(device).manual_seed(1)
+    slots = 1 + torch.randperm(tokens + 1, generator=own, device=device)
+    slots[2] = 0
+    indices = slots[:tokens].to(torch.int32)
     our, their, other = ours.empty_output(), theirs.empty_output(), others.empty_output()
     with torch.inference_mode():
         for _ in range(STEPS):
@@ -106,5 +116,8 @@ def why_wrong(stock: Any, layer: Any) -> str | None:
         error = float((one.double() - another.double()).norm() / another.double().norm())
         allowed = 0.0 if name == "its conv state" else TOLERANCE[one.dtype]
         if not error <= allowed:  # also where it is no number
-            return f"{name} differs from vLLM's by {error:.1e} of its norm, where {allowed:.0e} is allowed"
+            return (
+                f"{name} differs from vLLM's by {error:.1e} of its norm with {tokens} tokens,"
+                f" where {allowed:.0e} is allowed"
+            )
     return None
