@@ -1,8 +1,8 @@
-"""Write the README's tables from data: strategies and settings from the code, releases from tools/releases.json.
+"""Write the tables of README and docs from data: rules and settings from the code, releases from tools/releases.json.
 
     python tools/readme.py [--check]
 
-`--check` writes nothing and exits with 1 where the README is stale.
+`--check` writes nothing and exits with 1 where a page is stale.
 """
 
 import json
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+from vllm_gdn_plugin.decide.decode import DECODE_RULES
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, RULES
 from vllm_gdn_plugin.settings import describe
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RELEASES = ROOT / "tools" / "releases.json"
 
 WHAT = {
@@ -30,6 +31,10 @@ def strategies() -> str:
     head = ["| strategy | what runs | needs |", "|---|---|---|"]
     rows = [f"| `{name}` | {WHAT[name]} | {'; '.join(rule.needs for rule in rules)} |" for name, rules in RULES.items()]
     return "\n".join([*head, *rows, "| `serial` | stock vLLM | nothing |"])
+
+
+def decode() -> str:
+    return "\n".join(f"- {rule.needs}" for rule in DECODE_RULES)
 
 
 def settings() -> str:
@@ -58,7 +63,7 @@ def proof_of_release(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def filled(text: str) -> str:
-    for make in (strategies, settings, releases):
+    for make in (strategies, decode, settings, releases):
         start, end = f"<!-- {make.__name__} -->", f"<!-- /{make.__name__} -->"
         body = f"{start}\n{make()}\n{end}"
         text = re.sub(f"{start}.*?{end}", lambda match, body=body: body, text, flags=re.DOTALL)
@@ -66,10 +71,11 @@ def filled(text: str) -> str:
 
 
 def main() -> int:
-    text = README.read_text()
+    stale = [page for page in PAGES if filled(page.read_text()) != page.read_text()]
     if "--check" in sys.argv[1:]:
-        return int(filled(text) != text)
-    README.write_text(filled(text))
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(filled(page.read_text()))
     return 0
 
 
