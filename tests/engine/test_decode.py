@@ -125,3 +125,35 @@ def test_the_norm_op_says_what_it_changes() -> None:
     schema = torch.ops.vllm_gdn_plugin.gdn_gated_norm.default._schema
     assert [argument.alias_info is not None for argument in schema.arguments] == [True, False, False]
     assert not schema.returns
+
+
+def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy is made of what the core gave: vLLM's functionalization and Inductor see that it may be changed."""
+    from vllm.utils.torch_utils import _encode_layer_name
+
+    from vllm_gdn_plugin.run import decode
+
+    layer = SimpleNamespace(gdn=SimpleNamespace(decode=decode.Decode(torch.zeros(8, dtype=torch.int32))))
+    places = []
+
+    def double(_: Any, core: Any, qkvz: Any) -> None:
+        places.append(core.data_ptr())
+        core.mul_(2)
+
+    monkeypatch.setattr(decode, "normalise", double)
+    monkeypatch.setattr(decode, "layer_by_name", lambda name: layer)
+
+    def piece(core: Any, qkvz: Any, weight: Any, name: Any) -> Any:
+        flat = core.flatten(-2)
+        torch.ops.vllm_gdn_plugin.gdn_gated_norm(flat, qkvz, name)
+        return torch.nn.functional.linear(flat, weight)
+
+    core, weight = torch.randn(ROWS, HEADS, DIM), torch.randn(8, HEADS * DIM)
+    want = torch.nn.functional.linear(2 * core.flatten(-2), weight)
+    qkvz, name = torch.randn(ROWS, QKV + HEADS * DIM), _encode_layer_name("layer")
+    try:
+        got = torch.compile(piece, fullgraph=True)(core, qkvz, weight, name)
+    finally:
+        torch._dynamo.reset()
+    assert torch.allclose(got, want, rtol=1e-5)
+    assert places == [core.data_ptr()]
