@@ -190,6 +190,15 @@ def test_where_vllm_is_installed_it_is_asked(model: Any, asked: dict[int, LayerF
     assert "INCLinearMethod" in report.model[0]
 
 
+def test_who_holds_the_layer_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM has loaded the other plugins by then, as the engine will."""
+    found = ModelFacts(gdn_shape(TEXT, 1), {0: of_method("UnquantizedLinearMethod")}, holder="other.Layer")
+    monkeypatch.setattr(host_model, "model_facts", lambda *args: found)
+    report = with_model(HERE, model())
+    assert (report.status, report.strategy, report.exit_code) == ("refused", "serial", 1)
+    assert report.reason.startswith("other.Layer of another plugin replaces the GDN layer")
+
+
 @pytest.mark.parametrize(
     ("status", "says", "exit_code"), [("active", "vLLM does not take", 2), ("serial", "cannot be told: vLLM", 1)]
 )

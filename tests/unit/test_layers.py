@@ -61,6 +61,14 @@ def register_theirs(plugin: Any) -> Any:
     return Theirs
 
 
+def test_who_holds_the_name_can_be_asked(plugin: Any) -> None:
+    plugin.register()
+    layers = importlib.import_module("vllm_gdn_plugin.host.layers")
+    assert layers.holder_of([CLASS]) == ""
+    theirs = register_theirs(plugin)
+    assert layers.holder_of(["Other", CLASS]) == f"{theirs.__module__}.{theirs.__qualname__}"
+
+
 @pytest.mark.parametrize("ours_first", [True, False])
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 def test_a_plugin_that_registers_its_class_keeps_the_name(

@@ -26,7 +26,7 @@ from vllm_gdn_plugin.decide.checkpoint import (
     unquantised_facts,
 )
 from vllm_gdn_plugin.decide.contract import Contract, check_contract
-from vllm_gdn_plugin.decide.decision import Decision, Status, decide, refusal
+from vllm_gdn_plugin.decide.decision import Decision, Status, decide, held_by, refusal
 from vllm_gdn_plugin.decide.decode import DecodeFacts, why_no_kernel
 from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
 from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, SERIAL, platform_plan
@@ -202,6 +202,9 @@ def with_model(report: Report, model: str, revision: str | None = None, flags: E
             raise CannotTell(f"--model {model}: {error}") from None
         warnings.append(f"the plan for the model cannot be told: {error}")
         return report
+    if found.holder and report.status == "active":
+        advice = STRICT_ADVICE if settings.strict else ADVICE["refused"]
+        return replace(report, status="refused", strategy=SERIAL, reason=held_by(found.holder), what_to_do=advice)
     groups = group(found.shape.hidden_size, found.layers, settings.strategy)
     kernel = _decode_kernel_of(found, report, settings, flags)
     lines = [f"{alike}{_timed(alike, report, settings)}" for alike in groups]

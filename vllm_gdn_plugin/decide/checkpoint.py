@@ -100,6 +100,8 @@ class ModelFacts:
     """By index, those of ``shape.layers``."""
     decode: DecodeFacts | None = None
     """The same for all of them; None where nobody asked."""
+    holder: str = ""
+    """The class of another plugin that is registered to be built in place of the layer."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -33,6 +33,14 @@ def build_in_place_of(stock: Any, ours: Any, taken: Callable[[Any], None]) -> No
 
     __new__.is_gdn_plugin = True  # type: ignore[attr-defined]
     stock.__new__ = __new__
+
+
+def holder_of(names: Iterable[str]) -> str:
+    """The full name of the class that is registered to be built in place of one of these; empty for none."""
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    held = [op_registry_oot[name] for name in names if name in op_registry_oot]
+    return f"{held[0].__module__}.{held[0].__qualname__}" if held else ""
 
 
 def is_built_in_place_of(stock: Any) -> bool:

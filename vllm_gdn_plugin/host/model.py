@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -17,7 +17,7 @@ from vllm_gdn_plugin.decide.checkpoint import EngineFlags, GdnShape, ModelFacts,
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import LayerFacts
-from vllm_gdn_plugin.host import facts
+from vllm_gdn_plugin.host import facts, layers
 
 INTERLEAVED = "Qwen3NextForCausalLM"
 """The model class whose projections are one part each; in the others q, k, v, z, b and a are parts of their own."""
@@ -50,21 +50,20 @@ def model_facts(
         Undecidable: vLLM refuses the model here, or the plugin does not know the model's class.
     """
     try:
-        with _without_this_plugin(), _headers_of_weights(model, revision):
+        with without_this_plugin(), _headers_of_weights(model, revision):
             return _model_facts(directory, flags, platform, decode)
     except (Unreadable, Undecidable):
         raise
     except (Exception, SystemExit) as error:
-        raise Undecidable(f"vLLM does not take this model here: {_in_short(error)}") from None
+        raise Undecidable(f"vLLM does not take this model here: {in_short(error)}") from None
 
 
 def _model_facts(directory: Path, flags: EngineFlags, platform: str, decode: bool) -> ModelFacts:
     import torch
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.utils import configure_quant_config, get_model_architecture
 
-    config = EngineArgs(
+    arguments = EngineArgs(
         model=str(directory),
         quantization=flags.quantization,
         dtype=flags.dtype,
@@ -72,24 +71,16 @@ def _model_facts(directory: Path, flags: EngineFlags, platform: str, decode: boo
         mamba_ssm_cache_dtype=flags.mamba_ssm_cache_dtype,
         allow_deprecated_quantization=True,  # the engine says by itself that it wants this flag
         load_format="dummy",
-    ).create_engine_config()
-    shape = gdn_shape(config.model_config.hf_text_config.to_dict(), flags.tensor_parallel_size)
-    model_class, _ = get_model_architecture(config.model_config)
-    bases = {base.__name__ for base in model_class.__mro__}
-    below = next((place for name, place in LAYERS_BELOW.items() if name in bases), None)
-    if below is None:
-        raise Undecidable(f"the plugin does not know how {model_class.__name__} builds its layers")
-    if config.quant_config is not None:
-        configure_quant_config(config.quant_config, model_class)
-
+    )
+    model = configured(arguments, flags.tensor_parallel_size)
+    config, shape = model.engine, model.shape
     found: dict[int, LayerFacts] = {}
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(config.model_config.dtype)
     try:
         with set_current_vllm_config(config):
             for index in shape.layers:
-                prefix = f"{below}.layers.{index}.linear_attn"
-                layer = _projections(config.quant_config, prefix, shape, INTERLEAVED in bases, flags)
+                layer = _projections(config.quant_config, model.prefix(index), shape, model.interleaved, flags)
                 asked = facts.layer_facts(layer, platform)
                 found[index] = replace(
                     asked,
@@ -98,10 +89,48 @@ def _model_facts(directory: Path, flags: EngineFlags, platform: str, decode: boo
                     ubatching=flags.enable_dbo,
                     weights_in_place=True,
                 )
-            decoding = _decode_facts(config, shape, INTERLEAVED in bases, found[index], flags) if decode else None
+            decoding = _decode_facts(config, shape, model.interleaved, found[index], flags) if decode else None
     finally:
         torch.set_default_dtype(default_dtype)
-    return ModelFacts(shape, found, decoding)
+    return ModelFacts(shape, found, decoding, layers.holder_of(GDN_CLASSES.values()))
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A model as vLLM takes it, before anything of it is built."""
+
+    engine: Any
+    """vLLM's configuration."""
+    shape: GdnShape
+    interleaved: bool
+    below: str
+
+    def prefix(self, layer: int) -> str:
+        """The name by which vLLM builds the GDN layer of that index."""
+        return f"{self.below}.layers.{layer}.linear_attn"
+
+
+def configured(arguments: Any, tensor_parallel_size: int) -> Configured:
+    """The model of an engine with these ``EngineArgs``; its quantisation config knows the names of its modules then.
+
+    Raises:
+        Unreadable: it is no model with GDN layers, or its heads cannot be split so many ways.
+        Undecidable: the plugin does not know the model's class.
+
+    and what vLLM raises for a model that it does not take.
+    """
+    from vllm.model_executor.model_loader.utils import configure_quant_config, get_model_architecture
+
+    config = arguments.create_engine_config()
+    shape = gdn_shape(config.model_config.hf_text_config.to_dict(), tensor_parallel_size)
+    model_class, _ = get_model_architecture(config.model_config)
+    bases = {base.__name__ for base in model_class.__mro__}
+    below = next((place for name, place in LAYERS_BELOW.items() if name in bases), None)
+    if below is None:
+        raise Undecidable(f"the plugin does not know how {model_class.__name__} builds its layers")
+    if config.quant_config is not None:
+        configure_quant_config(config.quant_config, model_class)
+    return Configured(config, shape, INTERLEAVED in bases, below)
 
 
 def _projections(
@@ -141,11 +170,11 @@ def _linear(quant_config: Any, prefix: str, hidden_size: int, output_sizes: list
 
 def _keeps_ba_whole(quant_config: Any, interleaved: bool) -> bool:
     """Whether every tensor-parallel rank has all of ``in_proj_ba``, as vLLM's layer class decides; 0.20's doesn't."""
-    rule = getattr(_layer_class(), "maybe_disable_tp", None)
+    rule = getattr(layer_class(), "maybe_disable_tp", None)
     return bool(rule and rule(SimpleNamespace(gqa_interleaved_layout=interleaved), quant_config))
 
 
-def _layer_class() -> Any:
+def layer_class() -> Any:
     """vLLM's class of the layer, which the model's module has imported."""
     return next(filter(None, (getattr(sys.modules.get(module), name, None) for module, name in GDN_CLASSES.items())))
 
@@ -176,13 +205,13 @@ def _decode_facts(
         norm=norm,
         enable_packed_recurrent_decode=envs.VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE,
     )
-    layer.get_state_dtype = partial(_layer_class().get_state_dtype, layer)
+    layer.get_state_dtype = partial(layer_class().get_state_dtype, layer)
     found = facts.decode_facts(layer, facts_of_layer)
     return replace(found, speculation=flags.speculative_config is not None)
 
 
 @contextmanager
-def _without_this_plugin() -> Iterator[None]:
+def without_this_plugin() -> Iterator[None]:
     """vLLM's configuration loads the general plugins: let it be all but this one, whose part is told by its rules."""
     before = os.environ.get("VLLM_PLUGINS")
     known = {p.name for g in entry_points().groups if g.startswith("vllm.") for p in entry_points(group=g)}
@@ -231,7 +260,7 @@ def _headers_of_weights(model: str, revision: str | None) -> Iterator[None]:
             setattr(module, name, original)
 
 
-def _in_short(error: BaseException) -> str:
+def in_short(error: BaseException) -> str:
     """Why vLLM raised it, in one line; pydantic puts a class before it and a link behind it."""
     errors = getattr(error, "errors", None)
     text = errors()[0]["msg"] if callable(errors) else f"{type(error).__name__}: {error}"
