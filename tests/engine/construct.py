@@ -196,19 +196,20 @@ def main() -> None:
     torch.manual_seed(0)
     cases, stock = {}, {}
     for model in (args.model, *args.also):
-        for strategy in (None, "dual_stream", "fused"):
-            config, built = load(model, strategy)
-            if strategy is None:
-                stock[Path(model).name] = names(built)
-                continue
+        kind = Path(model).name
+        # All of a kind before the first reload: in 0.20 that makes buffers persistent which models share.
+        built = {strategy: load(model, strategy) for strategy in (None, "dual_stream", "fused")}
+        stock[kind], *others = [names(one) for _, one in built.values()]
+        del built[None]
+        for (strategy, (config, one)), its_names in zip(built.items(), others, strict=True):
             witness.calls.clear()
-            layers = [layer for layer in built.modules() if getattr(layer, "is_gdn_plugin", False)]
+            layers = [layer for layer in one.modules() if getattr(layer, "is_gdn_plugin", False)]
             hidden_states = torch.randn(TOKENS, layers[0].hidden_size, dtype=torch.bfloat16)
             with torch.inference_mode(), set_forward_context(None, config):
-                case = {"names": names(built), "layers": [run(layer, hidden_states) for layer in layers]}
+                case = {"names": its_names, "layers": [run(layer, hidden_states) for layer in layers]}
                 case["ran"] = dict(witness.calls)
-                case["reloaded"] = reload(config, built, layers, hidden_states)
-            cases[f"{strategy} {Path(model).name}"] = case
+                case["reloaded"] = reload(config, one, layers, hidden_states)
+            cases[f"{strategy} {kind}"] = case
     found = {"vllm": vllm.__version__, "torch": torch.__version__, "cases": cases, "stock": stock}
     args.output.write_text(json.dumps(found))
 

@@ -11,7 +11,6 @@ from drafter import add_drafter
 from tiny_model import KINDS, make_model
 
 GDN_LAYERS = 3
-STRATEGY = "VLLM_GDN_PLUGIN_STRATEGY"
 SLOW = pytest.mark.slow
 QUICK = {
     ("qwen3_5", "dual_stream", True),
@@ -127,27 +126,34 @@ def test_nor_do_two_strategies(generated: Callable[..., Any]) -> None:
     assert not set.intersection(*added)
 
 
+@pytest.fixture(scope="module")
+def artifacts(
+    run_generate: Callable[..., Any], witness: Callable[..., Any], scratch: Path, tmp_path_factory: Any
+) -> Callable[[int, str], list[dict[str, int]]]:
+    """`artifacts(blocks, way)`: how many compiled artifacts vLLM saves and loads at a first start and at the next."""
+
+    @cache
+    def count(blocks: int, way: str) -> list[dict[str, int]]:
+        kind = f"qwen3_5_{blocks}_blocks"
+        if not (scratch / "models" / kind).exists():
+            make_model("qwen3_5", scratch / "models" / kind, blocks=blocks)
+        env = {"VLLM_PLUGINS": "witness"} if way == "off" else {"VLLM_GDN_PLUGIN_STRATEGY": way}
+        env |= witness()[0] | {"VLLM_CACHE_ROOT": str(tmp_path_factory.mktemp("cache"))}
+        starts = [run_generate(kind, env=env, eager=False) for _ in range(2)]
+        assert starts[0]["token_ids"] == starts[1]["token_ids"]
+        assert way == "off" or f"{way} on {3 * blocks} of {3 * blocks} GDN layers" in starts[0]["log"]
+        return [start["artifacts"] for start in starts]
+
+    return count
+
+
 @SLOW
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
 def test_as_many_artifacts_as_stock_however_many_layers(
-    run_generate: Callable[..., Any],
-    witness: Callable[..., Any],
-    models: Callable[[str], Path],
-    scratch: Path,
-    strategy: str,
-    tmp_path: Path,
+    artifacts: Callable[[int, str], list[dict[str, int]]], strategy: str
 ) -> None:
-    """Also at the second start, with what the first one has saved: vLLM saves each artifact once, and loads it."""
-    counts = {}
-    for blocks in (2, 4):
-        kind = f"qwen3_5_{blocks}_blocks"
-        make_model("qwen3_5", scratch / "models" / kind, blocks=blocks)
-        for way, settings in {"off": {"VLLM_PLUGINS": "witness"}, strategy: {STRATEGY: strategy}}.items():
-            env, _ = witness()
-            env |= settings | {"VLLM_CACHE_ROOT": str(tmp_path / f"{kind}-{way}")}
-            starts = [run_generate(kind, env=env, eager=False) for _ in range(2)]
-            assert starts[0]["token_ids"] == starts[1]["token_ids"]
-            assert way == "off" or f"{strategy} on {3 * blocks} of {3 * blocks} GDN layers" in starts[0]["log"]
-            counts[blocks, way] = [start["artifacts"] for start in starts]
-    assert counts[2, strategy] == counts[4, strategy] == counts[2, "off"] == counts[4, "off"]
-    assert counts[2, strategy][0]["num_compiled_artifacts_saved"] > 0
+    """Of 8 and of 16 layers; also at the second start, with what the first one has saved."""
+    first, second = artifacts(2, strategy)
+    assert artifacts(4, strategy) == artifacts(2, "off") == artifacts(4, "off") == [first, second]
+    assert first["num_compiled_artifacts_saved"] > 0
