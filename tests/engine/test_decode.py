@@ -33,7 +33,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
         conv1d=SimpleNamespace(weight=torch.empty(QKV, 1, 4)),
         kv_cache=(torch.empty(0), torch.empty(0)),
         split_ba=lambda ba: ba.chunk(2, dim=-1),
-        gdn=SimpleNamespace(decode=decode.Decode(torch.zeros(8, dtype=torch.int32))),
+        gdn=SimpleNamespace(decode=decode.Decode()),
     )
 
     def forward_core(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any) -> None:
@@ -53,6 +53,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
     ba = torch.randn(ROWS, 2 * HEADS)
     monkeypatch.setattr(decode, "run_kernel", run_kernel)
     monkeypatch.setattr(decode, "normalise", lambda *_: calls.append("norm"))
+    monkeypatch.setattr(decode, "new_counters", lambda *_: torch.zeros(8, dtype=torch.int32))
     monkeypatch.setattr(decode, "layer_by_name", lambda name: layer)
 
     def run(piecewise: bool = False, **metadata: Any) -> list[str]:
@@ -105,7 +106,22 @@ def test_sizes_that_were_timed_as_slower_take_vllms_own(step: Any) -> None:
     assert step(**DECODE) == ["kernel"], "the next larger size that was timed"
 
 
+def test_the_counters_come_with_the_first_step_never_in_a_capture(step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it, vLLM allocates what sleep mode gives away; within a capture, what belongs to the graph."""
+    from vllm_gdn_plugin.run import decode
+
+    assert step.layer.gdn.decode.counters is None
+    monkeypatch.setattr(decode, "is_captured", lambda tensor: True)
+    assert step(**DECODE) == ["vLLM's core", "norm"]
+    monkeypatch.setattr(decode, "is_captured", lambda tensor: False)
+    assert step() == ["dry run", "norm"]
+    kept = step.layer.gdn.decode.counters
+    assert step(**DECODE) == ["kernel"]
+    assert step.layer.gdn.decode.counters is kept
+
+
 def test_where_nothing_was_timed_few_tokens_take_it(step: Any) -> None:
+    step()
     decode = step.layer.gdn.decode
     assert [n for n in (1, 16, 17, 512) if decode.takes(n)] == [1, 16]
 
@@ -133,7 +149,7 @@ def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(monkeyp
 
     from vllm_gdn_plugin.run import decode
 
-    layer = SimpleNamespace(gdn=SimpleNamespace(decode=decode.Decode(torch.zeros(8, dtype=torch.int32))))
+    layer = SimpleNamespace(gdn=SimpleNamespace(decode=decode.Decode()))
     places = []
 
     def double(_: Any, core: Any, qkvz: Any) -> None:

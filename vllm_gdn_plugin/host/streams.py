@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -55,6 +56,13 @@ def release_workspaces() -> None:
         return
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
+
+
+def is_captured(tensor: Any) -> bool:
+    """Whether what is done now with this tensor goes into a CUDA graph."""
+    import torch
+
+    return tensor.is_cuda and torch.version.hip is None and torch.cuda.is_current_stream_capturing()
 
 
 def breakable_capture() -> bool:

@@ -15,6 +15,7 @@ import torch
 from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
 
 from vllm_gdn_plugin.host.layers import attention_metadata, in_piecewise_graph, layer_by_name
+from vllm_gdn_plugin.host.streams import is_captured
 from vllm_gdn_plugin.report import unexpected, warn_once
 from vllm_gdn_plugin.tune.choose import at
 
@@ -34,10 +35,10 @@ _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
 class Decode:
     """The decode kernel of one layer."""
 
-    counters: torch.Tensor
-    """int32, zeros between two launches: each launch leaves them so. They serve one launch at a time."""
     ways: Mapping[int, str] = field(default_factory=dict)
     """By captured number of tokens the faster of kernel and stock, where these were timed."""
+    counters: torch.Tensor | None = None
+    """int32, zeros between two launches: each launch leaves them so. They serve one launch at a time."""
     normalised: bool = False
     """What this step's core has given is normalised: there is nothing left for ``gdn_gated_norm``."""
     broken: bool = False
@@ -45,7 +46,9 @@ class Decode:
     def takes(self, num_tokens: int) -> bool:
         """Whether a batch of so many tokens, all of them decoding, takes the kernel."""
         by_rule = KERNEL if num_tokens <= FEW_TOKENS else STOCK
-        return not self.broken and num_tokens <= MOST_TOKENS and at(self.ways, num_tokens, by_rule) == KERNEL
+        if self.broken or self.counters is None or num_tokens > MOST_TOKENS:
+            return False
+        return at(self.ways, num_tokens, by_rule) == KERNEL
 
 
 def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor, core_attn_out: torch.Tensor) -> None:
@@ -59,6 +62,9 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
     """
     decode = layer.gdn.decode
     decode.normalised = False
+    if decode.counters is None and not is_captured(core_attn_out):
+        # Only now: what is allocated while vLLM loads the weights is lost in sleep mode, or wakes with anything in it.
+        decode.counters = new_counters(layer, core_attn_out)
     metadata = attention_metadata(layer)
     if metadata is None:  # a dry run, in which vLLM warms its kernels up
         stock._forward_core_fused_norm_packed(layer, mixed_qkvz, ba, core_attn_out)
@@ -85,6 +91,15 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
             warn_once("the decode kernel failed and is left out", unexpected(error))
     b, a = torch.stack((b, a))  # contiguous, by one kernel
     layer._forward_core(mixed_qkvz[:, : layer.conv1d.weight.shape[0]], b, a, core_attn_out)
+
+
+def new_counters(layer: Any, core_attn_out: torch.Tensor) -> torch.Tensor:
+    """Counters of a layer for the largest batch that takes the kernel."""
+    from vllm_gdn_plugin.run.decode_kernel import counters_for  # needs Triton, which vLLM has on a GPU
+
+    value_heads, dim = core_attn_out.shape[-2:]
+    key_heads = (layer.conv1d.weight.shape[0] // dim - value_heads) // 2
+    return counters_for(MOST_TOKENS, key_heads, core_attn_out.device)
 
 
 def run_kernel(

@@ -20,7 +20,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, aux_stream
 
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL
 from vllm_gdn_plugin.host.layers import layer_by_name
-from vllm_gdn_plugin.host.streams import breakable_capture
+from vllm_gdn_plugin.host.streams import breakable_capture, is_captured
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 MOST_TOKENS = 1024
@@ -106,11 +106,6 @@ def gdn_in_proj_join(
     if weight is not None:
         return join(forked, lambda: torch.mm(hidden_states, weight))
     return join(forked, lambda: layer_by_name(layer_name).in_proj_ba(hidden_states)[0])
-
-
-def is_captured(hidden_states: torch.Tensor) -> bool:
-    """Whether what is done now with this tensor goes into a CUDA graph."""
-    return hidden_states.is_cuda and torch.version.hip is None and torch.cuda.is_current_stream_capturing()
 
 
 def fork(layer: Any, hidden_states: torch.Tensor) -> Fork | None:

@@ -73,7 +73,7 @@ def settle_decode(stock: Any, records: Iterable[Record], everywhere: bool) -> st
             record.no_kernel = why_not
             if not why_not:
                 record.decodes = True
-                record.layer().gdn.decode = Decode(_counters(record.layer()), ways)
+                record.layer().gdn.decode = Decode(ways)
         phrases += [phrase] if phrase and not why_not else []
     return "; ".join(phrases)
 
@@ -85,13 +85,6 @@ def _why_wrong(stock: Any, layer: Any) -> str | None:
         return why_wrong(stock, layer)
     finally:
         torch.cuda.empty_cache()
-
-
-def _counters(layer: Any) -> Any:
-    from vllm_gdn_plugin.run.decode_kernel import counters_for
-
-    heads = (layer.conv1d.weight.shape[0] // layer.head_v_dim - layer.A_log.shape[0]) // 2
-    return counters_for(MOST_TOKENS, heads, layer.A_log.device)
 
 
 def _alike(records: Iterable[Record], key: Callable[[Record], object]) -> list[list[Record]]:

@@ -43,7 +43,7 @@ class ScratchLayer:
         heads = self.value_heads
         ssm = new(slots, heads, self.dim, self.dim, dtype=ssm_dtype)
         self.kv_cache = new(slots, 3, qkv, dtype=conv_dtype), ssm
-        self.gdn = SimpleNamespace(decode=Decode(counters_for(tokens, self.key_heads, device)))
+        self.gdn = SimpleNamespace(decode=Decode(counters=counters_for(tokens, self.key_heads, device)))
         sizes, fused = [qkv + heads * self.dim, 2 * heads], layer.gdn.fused
         outputs = sum(sizes) if fused is None else fused.weight.shape[0]
         both = new(tokens, outputs, dtype=conv_dtype).split([*sizes, outputs - sum(sizes)], dim=-1)
