@@ -26,6 +26,7 @@ exit status:
 """
 
 TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096"
+DECODED = "1,2,4,8,16,32,64,128,256"
 STATISTICS = ("numpy", "scipy", "matplotlib")
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
@@ -67,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    def measuring(name: str, run: Callable[..., int], help: str, description: str) -> argparse.ArgumentParser:
+    def measuring(
+        name: str, run: Callable[..., int], help: str, description: str, devices: Sequence[str] = ("cuda", "cpu")
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=help,
@@ -76,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        command.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default cuda")
+        command.add_argument("--device", choices=devices, default="cuda", help="default cuda")
         command.add_argument("--output", metavar="DIR", type=Path, required=True, help="where the files are written")
         return command
 
@@ -96,6 +99,21 @@ def _parser() -> argparse.ArgumentParser:
         "--quantization", choices=("fp8",), help="in_proj_qkvz as vLLM's block-quantised layer; needs CUDA and vLLM"
     )
     command.add_argument("--rounds", metavar="N", default="30", help="samples of each way; default 30")
+
+    command = measuring(
+        "layer",
+        _layer,
+        "time a decode step of a layer, from its projections to out_proj",
+        "Verifies, then times stock vLLM, the plugin's projections alone and with its decode kernel, in CUDA graphs:\n"
+        "layers as vLLM builds them for the model, with random weights and states.",
+        devices=("cuda",),
+    )
+    command.add_argument("--model", metavar="MODEL", required=True, help="its directory, its config.json or a Hub id")
+    command.add_argument("--tensor-parallel-size", metavar="N", default="1", help="one rank of so many; default 1")
+    command.add_argument("--tokens", metavar="N,...", default=DECODED, help=f"default {DECODED}")
+    command.add_argument("--layers", metavar="N", help="in a graph; default: as many as do not fit the GPU's cache")
+    command.add_argument("--rounds", metavar="N", default="30", help="samples of each way; default 30")
+    _add_vllm_arguments(command, "all that follows -- are engine arguments of `vllm serve`")
 
     command = measuring(
         "serve",
@@ -155,9 +173,11 @@ def _add_engine_arguments(command: argparse.ArgumentParser, rounds: str) -> None
         " them; default auto",
     )
     command.add_argument("--rounds", metavar="N", default="5", help=f"{rounds}; default 5")
-    command.add_argument(
-        "vllm_arguments", metavar="-- ARGUMENT", nargs="*", help="all that follows -- is passed on to `vllm serve`"
-    )
+    _add_vllm_arguments(command, "all that follows -- is passed on to `vllm serve`")
+
+
+def _add_vllm_arguments(command: argparse.ArgumentParser, help: str) -> None:
+    command.add_argument("vllm_arguments", metavar="-- ARGUMENT", nargs="*", help=help)
 
 
 def _projections(options: argparse.Namespace, command: str) -> int:
@@ -180,16 +200,33 @@ def _projections(options: argparse.Namespace, command: str) -> int:
     require_device(task.device)
     task.require()
     _make_directory(options.output)
-    run = Run(
-        command=command,
-        date=_now(),
-        precision=task.precision,
-        seed=SEED,
-        rounds=task.rounds,
-        machine=describe_machine(task.device, bandwidth=True),
-    )
+    run = Run(command, _now(), task.precision, SEED, task.rounds, describe_machine(task.device, bandwidth=True))
     path = options.output / f"{task.name}.json"
     return _measured(run, path, len(ranks) * len(tokens), lambda progress: measure(task, run, progress))
+
+
+def _layer(options: argparse.Namespace, command: str) -> int:
+    tokens = list(dict.fromkeys(counts("--tokens", options.tokens)))
+    size, rounds = count("--tensor-parallel-size", options.tensor_parallel_size), count("--rounds", options.rounds)
+    layers = count("--layers", options.layers) if options.layers else None
+    _require_modules("torch", *STATISTICS, "tqdm", "vllm")
+
+    from vllm_gdn_plugin.bench.machine import describe_machine, require_device
+
+    require_device(options.device)
+    _make_directory(options.output)
+
+    from vllm_gdn_plugin.bench.layer import measure
+    from vllm_gdn_plugin.bench.projections import SEED
+    from vllm_gdn_plugin.bench.results import LAYER, Run
+    from vllm_gdn_plugin.bench.vllm_layer import built
+    from vllm_gdn_plugin.tune.timer import CudaTimer
+
+    with built(options.model, options.vllm_arguments, size, tokens) as model:
+        machine = describe_machine(options.device, bandwidth=True)
+        run = Run(command, _now(), model.precision, SEED, rounds, machine, LAYER)
+        path, timer = options.output / "layer.json", CudaTimer()
+        return _measured(run, path, len(tokens), lambda bar: measure(model, tokens, layers, timer, run, bar))
 
 
 def _serve(options: argparse.Namespace, command: str) -> int:

@@ -24,7 +24,7 @@ COPIES = 20
 def require_device(device: str) -> None:
     """Raises BadInput where torch has no such device."""
     if device == "cuda" and not (torch.cuda.is_available() and torch.version.hip is None):
-        raise BadInput("--device cuda: torch finds no NVIDIA GPU here; --device cpu tries the bench without one")
+        raise BadInput("--device cuda: torch finds no NVIDIA GPU here; all but `bench layer` also take --device cpu")
 
 
 def describe_machine(device: str, bandwidth: bool = False) -> Machine:

@@ -1,6 +1,6 @@
 """The run itself: for each shape and each number of tokens, verify the ways and then time them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from vllm_gdn_plugin.bench.results import Point, Run
 from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
-from vllm_gdn_plugin.bench.verify import verify
+from vllm_gdn_plugin.bench.verify import Outputs, verify
 from vllm_gdn_plugin.tune.timer import CudaTimer, one_after_the_other
 
 SEED = 0
@@ -77,28 +77,53 @@ def measure(task: Task, run: Run, progress: Any) -> None:
             first = make(shape)
             count = layer_count(max(first.weight_bytes.values()), run.machine.l2_cache_bytes, timer.min_layers)
             layers = [first, *(make(shape) for _ in range(count - 1))]
-            for tokens in task.tokens:
-                where = f"{shape.name}, TP {shape.tensor_parallel_size}, {tokens} tokens"
-                progress.set_description(where)
-                try:
-                    hidden_states = torch.randn(tokens, shape.hidden, dtype=dtype, device=task.device)
-                    run.points.append(measure_point(timer, shape, layers, hidden_states, task.rounds))
-                except WrongResult as wrong:
-                    raise WrongResult(f"{where}: {wrong}") from wrong
-                except torch.OutOfMemoryError as error:
-                    raise BadInput(f"{where}: the memory of the GPU is too small for it") from error
-                progress.update()
+
+            def point(tokens: int, shape: Shape = shape, layers: list[Projections] = layers) -> Point:
+                hidden_states = torch.randn(tokens, shape.hidden, dtype=dtype, device=task.device)
+                return measure_point(timer, shape, layers, hidden_states, task.rounds)
+
+            at_each_size(run, shape, task.tokens, point, progress)
+
+
+def at_each_size(run: Run, shape: Shape, sizes: Iterable[int], point: Callable[[int], Point], progress: Any) -> None:
+    """Append the ``point`` of each number of tokens to ``run`` as it is done; raises what :func:`measure` does."""
+    for tokens in sizes:
+        where = f"{shape.name}, TP {shape.tensor_parallel_size}, {tokens} tokens"
+        progress.set_description(where)
+        try:
+            run.points.append(point(tokens))
+        except WrongResult as wrong:
+            raise WrongResult(f"{where}: {wrong}") from wrong
+        except torch.OutOfMemoryError as error:
+            raise BadInput(f"{where}: the memory of the GPU is too small for it") from error
+        progress.update()
 
 
 def measure_point(
     timer: Timer, shape: Shape, layers: list[Projections], hidden_states: torch.Tensor, rounds: int
 ) -> Point:
     """Verify, then time, every way on the same layers and the same ``hidden_states`` (num_tokens, hidden)."""
-    prepared, outputs = {}, {}
-    for way, step in strategies.ways(layers[0], timer.aux_stream).items():
-        prepared[way], outputs[way] = timer.prepare(partial(one_after_the_other, step, layers, hidden_states))
-    verify(outputs, layers[-1].reference(hidden_states))
-    moved = {way: strategies.bytes_moved(layers[-1], way, hidden_states, outputs[way]) for way in prepared}
-    samples = timer.measure(prepared, rounds)
-    per_layer = {way: [value / len(layers) for value in values] for way, values in samples.items()}
+    ways, last = strategies.ways(layers[0], timer.aux_stream), layers[-1]
+    prepared, outputs = prepare(timer, ways, layers, hidden_states)
+    verify(outputs, last.reference(hidden_states))
+    moved = {way: strategies.bytes_moved(last, way, hidden_states, outputs[way]) for way in prepared}
+    per_layer = times_of_a_layer(timer, prepared, rounds, len(layers))
     return Point(shape, len(hidden_states), len(layers), moved, per_layer)
+
+
+def prepare(
+    timer: Timer,
+    ways: Mapping[str, Callable[[Any, torch.Tensor], Outputs]],
+    layers: Sequence[Any],
+    hidden_states: torch.Tensor,
+) -> tuple[dict[str, Callable[[], object]], dict[str, Outputs]]:
+    """By way: what is timed, one layer after the other, and the outputs of the last one."""
+    both = {way: timer.prepare(partial(one_after_the_other, step, layers, hidden_states)) for way, step in ways.items()}
+    return {way: run for way, (run, _) in both.items()}, {way: outputs for way, (_, outputs) in both.items()}
+
+
+def times_of_a_layer(
+    timer: Timer, prepared: Mapping[str, Callable[[], object]], rounds: int, layers: int
+) -> dict[str, list[float]]:
+    """Microseconds of one layer by way, one value a round."""
+    return {way: [value / layers for value in values] for way, values in timer.measure(prepared, rounds).items()}

@@ -1,6 +1,6 @@
 """``in_proj_qkvz`` as vLLM's own block-quantised FP8 layer beside a bfloat16 ``in_proj_ba``: official FP8 checkpoints.
 
-The one module of the bench that knows vLLM's names.
+This module and ``vllm_layer.py`` are those of the bench that know vLLM's names.
 """
 
 import os
@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,28 +37,42 @@ def require_blocks(shape: Shape) -> None:
 @contextmanager
 def vllm_layers() -> Iterator[Callable[[Shape], Projections]]:
     """A maker of projections, with vLLM set up for one rank for as long as it is used."""
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    keep_vllm_quiet()
     try:
-        from vllm.config import VllmConfig, set_current_vllm_config
-        from vllm.distributed import (
-            destroy_distributed_environment,
-            destroy_model_parallel,
-            init_distributed_environment,
-            initialize_model_parallel,
-        )
+        from vllm.config import VllmConfig
     except ImportError as error:
         raise BadInput(f"--quantization fp8 needs vLLM, and it cannot be imported: {error}") from error
     config = VllmConfig()
+    with one_rank(config, DTYPE):
+        # All that the FP8 method asks of a model; set any earlier, the set-up would ask it for more.
+        config.model_config = SimpleNamespace(dtype=DTYPE)
+        yield _maker()
+
+
+def keep_vllm_quiet() -> None:
+    """Have vLLM, once it is imported, log warnings alone, and not to where the report goes."""
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+@contextmanager
+def one_rank(config: Any, dtype: torch.dtype) -> Iterator[None]:
+    """vLLM set up in this process for an engine of this configuration and one rank, with ``dtype`` as the default."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        init_distributed_environment,
+        initialize_model_parallel,
+    )
+
     default_dtype = torch.get_default_dtype()
     with tempfile.TemporaryDirectory() as rendezvous, set_current_vllm_config(config):
         init_distributed_environment(1, 0, f"file://{rendezvous}/file", 0, "nccl")
         try:
             initialize_model_parallel()
-            # All that the FP8 method asks of a model; set any earlier, the set-up above would ask it for more.
-            config.model_config = SimpleNamespace(dtype=DTYPE)
-            torch.set_default_dtype(DTYPE)
-            yield _maker()
+            torch.set_default_dtype(dtype)
+            yield
         finally:
             torch.set_default_dtype(default_dtype)
             destroy_model_parallel()

@@ -32,6 +32,8 @@ class Section:
 
 
 PROJECTIONS = Section("Input projections of a GDN layer", SERIAL, QKVZ)
+LAYER = Section("A decode step of a GDN layer, from its projections to out_proj", "stock", "qkvz and states")
+"""Its limit is ``in_proj_qkvz`` and one pass over the recurrent states, which are read and written once."""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("--mamba-ssm-cache-dtype", default="auto", choices=STATE_DTYPES)
     flags.add_argument("--speculative-config", metavar="JSON", help="only whether it is given matters")
     commands.add_parser(
-        "bench", help="time the input projections, or whole engines with and without the plugin", add_help=False
+        "bench", help="time the projections, a layer, or whole engines with and without the plugin", add_help=False
     )
     return parser
 
