@@ -92,7 +92,7 @@ def adopt(settings: Settings, platform: str, no_kernel: str | None, stock: Any, 
         if record.no_kernel and settings.decode_kernel == "1" and settings.strict:
             raise Refused(f"no decode kernel: {record.no_kernel}")
         if chosen.strategy == SERIAL and record.no_kernel:
-            raise Refused(chosen.reason)
+            raise Refused(f"no decode kernel: {record.no_kernel}" if settings.strategy == SERIAL else chosen.reason)
         hook = layers.after_loading(layer, partial(loaded, settings, stock, record))
         if settings.tune:
             record.sizes = facts.captured_sizes()

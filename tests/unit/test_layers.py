@@ -312,3 +312,14 @@ def test_a_captured_call_overlaps_unless_it_is_large_or_timed_slower_or_its_capt
     hidden_states = SimpleNamespace(size=lambda i: tokens, data_ptr=lambda: 7)
     assert (fork(layer, hidden_states) is not None) == overlaps
     assert plugin.said == []
+
+
+def test_a_kernel_that_was_asked_for_alone_and_may_not_run_is_said(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRATEGY", "serial")
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_DECODE_KERNEL", "1")
+    plugin.register()
+    assert type(plugin.import_gdn()("layers.0")) is plugin.import_gdn()
+    ((_, line),) = plugin.said
+    assert "no decode kernel: " in line
