@@ -1,4 +1,4 @@
-"""Runs the two input projections of a Gated Delta Net (GDN) layer together in vLLM.
+"""Speeds up Gated Delta Net (GDN) layers in vLLM: their input projections, and their decode.
 
 vLLM loads :func:`register` through the entry point ``vllm_gdn_plugin`` of the group
 ``vllm.general_plugins``. Importing this package imports neither vLLM nor torch.

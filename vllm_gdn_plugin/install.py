@@ -123,6 +123,8 @@ def loaded(settings: Settings, stock: Any, record: Record, layer: Any) -> None:
     By now vLLM may have given a projection another linear method, and a loader may have replaced a parameter instead of
     writing into it: so the layer is planned anew. A reload comes here again.
     """
+    if record.told:  # a reload: strictness stops an engine that starts, never one that serves
+        settings = replace(settings, strict=False)
     gdn = layer.gdn
     planned, gdn.strategy, record.loading = record.strategy, SERIAL, False
     with stepping_aside(settings, speaks=process.is_first_rank_of_stage) as say:
@@ -155,6 +157,8 @@ def all_loaded(settings: Settings, stock: Any, last: Any) -> None:
         phrases = [settle_projections(news, last, by_time=settings.strategy == AUTO)]
         phrases += [settle_decode(stock, news, everywhere=settings.decode_kernel == "1")]
         why_not = next((record.no_kernel for record in news if record.no_kernel), None)
+        if why_not and settings.decode_kernel == "1" and settings.strict:
+            raise Refused(f"no decode kernel: {why_not}")
         if why_not and settings.decode_kernel != "0":
             phrases += [f"no decode kernel: {why_not}"]
         summary, stage = summarised(news), process.pipeline_stage()

@@ -52,7 +52,7 @@ class Settings:
     strategy: str = _setting(
         "auto",
         _strategy,
-        "auto: the fastest safe one for each layer; fused; dual_stream; serial: stock vLLM, untouched",
+        "auto: the fastest safe one for each layer; fused; dual_stream; serial: as vLLM has it",
     )
     decode_kernel: str = _setting(
         "auto",

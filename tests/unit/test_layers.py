@@ -323,3 +323,19 @@ def test_a_kernel_that_was_asked_for_alone_and_may_not_run_is_said(
     assert type(plugin.import_gdn()("layers.0")) is plugin.import_gdn()
     ((_, line),) = plugin.said
     assert "no decode kernel: " in line
+
+
+def test_a_reload_never_stops_a_strict_engine(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It stops one that starts."""
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRICT", "1")
+    plugin.register()
+    layer, starting = plugin.import_gdn()("layers.0"), plugin.import_gdn()("layers.1")
+    plugin.load(layer)
+    for each in (layer, starting):
+        each.in_proj_qkvz.quant_method = type("Unknown", (), {})()
+    with pytest.raises(RuntimeError, match="not known to be safe"):
+        plugin.load(starting)
+    ledger = importlib.import_module("vllm_gdn_plugin.report").ledger
+    ledger.news()  # all that is told once an engine has started
+    plugin.load(layer)
+    assert layer.gdn.strategy == "serial"
