@@ -43,7 +43,7 @@ MODES = {
     "mtp-runner-v1": Mode(("--mtp",), runner="1"),
     "interleaved": Mode(kind="qwen3_next"),
     "mixed": Mode(("--more", "auto"), kind="qwen3_next"),
-    "sleep": Mode(("--sleep", "other")),
+    "sleep": Mode(("--sleep", "other", "--more", "decode")),
     "tp2": Mode(("--tensor-parallel-size", "2")),
 }
 
