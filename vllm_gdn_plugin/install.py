@@ -138,6 +138,13 @@ def loaded(settings: Settings, stock: Any, record: Record, layer: Any) -> None:
         chosen = plan(record.facts, settings.strategy)
         gdn.strategy = chosen.strategy
         gdn.plain_gemm = record.facts.platform == "cuda" and not record.facts.batch_invariant
+        if planned == FUSED != chosen.strategy and record.told:
+            say(
+                "warning", "the new weights of a GDN layer do not fit; compiled code goes on with the old ones: restart"
+            )
+            return
+        if chosen.strategy != FUSED:
+            gdn.fused = None
         if SERIAL == chosen.strategy != planned:
             raise Refused(chosen.reason)
         if chosen.strategy != planned:
@@ -149,7 +156,7 @@ def loaded(settings: Settings, stock: Any, record: Record, layer: Any) -> None:
 
 def all_loaded(settings: Settings, stock: Any, last: Any) -> None:
     """All layers are loaded, ``last`` the last of them: settle what is left to choose, and say what is done."""
-    from vllm_gdn_plugin.run.engine import settle_decode, settle_projections
+    from vllm_gdn_plugin.run.engine import SLOWER, settle_decode, settle_projections
 
     with stepping_aside(settings, speaks=process.is_first_rank_of_stage) as say:
         news = ledger.news()
@@ -167,6 +174,8 @@ def all_loaded(settings: Settings, stock: Any, last: Any) -> None:
             platform = next(record.facts.platform for record in news if record.facts)
             done = f"{summary}{where} (platform {platform}, vLLM {imports.version()})"
             say("info", "; ".join(filter(None, [done, *phrases])), again=True)
+        elif any(record.no_kernel == SLOWER for record in hopeful):
+            say("info", f"stock vLLM is left untouched: {SLOWER}")
         elif any(record.no_kernel for record in hopeful):  # else it has been said why nothing is done
             raise Refused(f"no decode kernel: {why_not}")
 

@@ -17,6 +17,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no CUDA": ({"platform": "cpu"}, "this is platform cpu"),
     "LoRA": ({"lora": True}, "LoRA"),
     "batch invariance": ({"batch_invariant": True}, "VLLM_BATCH_INVARIANT"),
+    "CPU offload": ({"offload": True}, "offloaded"),
     "speculation": ({"speculation": True}, "speculative decoding"),
     "dual batch overlap": ({"ubatching": True}, "dual batch overlap"),
     "breakable graphs": ({"breakable_graphs": True}, "breakable CUDA graphs"),

@@ -339,3 +339,45 @@ def test_a_reload_never_stops_a_strict_engine(plugin: Any, monkeypatch: pytest.M
     ledger.news()  # all that is told once an engine has started
     plugin.load(layer)
     assert layer.gdn.strategy == "serial"
+
+
+def test_new_weights_that_do_not_fit_are_told_as_what_they_are(plugin: Any) -> None:
+    """Compiled code goes on with the old ones: that is not vLLM as it is."""
+    plugin.register()
+    layer = plugin.import_gdn()("layers.0")
+    plugin.load(layer)
+    importlib.import_module("vllm_gdn_plugin.report").ledger.records["layers.0"].strategy = "fused"
+    layer.gdn.fused = SimpleNamespace(take_back=lambda layer: False)
+    plugin.load(layer)
+    level, line = plugin.said[-1]
+    assert (level, "compiled code goes on with the old ones: restart" in line) == ("warning", True)
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_kernel_that_is_merely_slower_stops_no_strict_engine(
+    plugin: Any, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    monkeypatch.setenv("VLLM_GDN_PLUGIN_STRICT", "1")
+    decode = importlib.import_module("vllm_gdn_plugin.decide.decode")
+    install = importlib.import_module("vllm_gdn_plugin.install")
+    monkeypatch.setattr(install, "why_no_decode_kernel", lambda package: None)
+    monkeypatch.setattr(install.facts, "decode_facts", lambda layer, facts: decode.DecodeFacts("cuda"))
+    monkeypatch.setattr(
+        install,
+        "plan",
+        lambda facts, request: importlib.import_module("vllm_gdn_plugin.decide.plan").Plan(
+            "serial", "both are quantised"
+        ),
+    )
+    plugin.register()
+    layer = plugin.import_gdn()("layers.0")
+    engine = importlib.import_module("vllm_gdn_plugin.run.engine")
+    monkeypatch.setattr(engine, "_why_wrong", lambda stock, layer: None if right else "it is wrong")
+    monkeypatch.setattr(engine, "decode_ways_of", lambda *args: ({1: "stock"}, "stock at 1 token"))
+    if right:
+        plugin.load(layer)
+        assert [level for level, _ in plugin.said] == ["info"]
+        assert engine.SLOWER in plugin.said[0][1]
+    else:
+        with pytest.raises(RuntimeError, match="no decode kernel: it is wrong"):
+            plugin.load(layer)

@@ -89,10 +89,19 @@ def test_what_is_chosen_is_planned_or_faster(times: Times) -> None:
         ({1: {"64": Time(10, 0), "128": Time(9, 0)}, 2: {"64": Time(100, 0), "128": Time(105, 0)}}, "128"),
         ({1: {"64": Time(10, 0), "128": Time(9.9, 0)}, 2: {"64": Time(100, 0), "128": Time(105, 0)}}, "64"),
         ({1: {"128": Time(10, 0), "64": Time(10, 0)}}, "64"),
+        ({1: {"64": Time(10, 0), "128": Time(9.95, 0)}}, "64"),
         ({1: {"64": Time(10, 0), "128": Time(5, 0.5)}, 2: {"64": Time(100, 0), "128": Time(101, 0)}}, "64"),
         ({1: {"64": Time(10, 0), "128": Time(5, 0.5)}}, "64"),
     ],
-    ids=["none", "by shares, not by sums", "the plan", "a tie", "a noisy size does not count", "only noisy ones"],
+    ids=[
+        "none",
+        "by shares, not by sums",
+        "the plan",
+        "a tie",
+        "within the margin",
+        "a noisy size does not count",
+        "only noisy ones",
+    ],
 )
 def test_one_way_for_all_sizes_is_the_least_on_average(times: Times, chosen: str) -> None:
     assert fastest_throughout(times, "64") == chosen
@@ -367,6 +376,25 @@ def test_sizes_for_which_there_was_no_time_are_told_and_timed_at_the_next_start(
     assert (sizes, phrase.endswith(" s, 2 sizes left out")) == ([1], True)
     start.settled([1, 2, 4])
     assert start.timed == [[1, 2, 4], [2, 4]]
+
+
+def test_sizes_between_those_that_were_kept_change_nothing(start: Start) -> None:
+    """What is chosen is part of vLLM's compile-cache key."""
+    start.settled([1, 4])
+    assert start.settled([1, 2, 4]) == ([1, 4], "timed at an earlier start")
+    assert start.timed == [[1, 4]]
+
+
+def test_ranks_go_by_the_times_that_were_kept_first(start: Start) -> None:
+    tune = sys.modules["vllm_gdn_plugin.tune.times"]
+
+    def measure_while_another_rank_is_quicker(missing: list[int]) -> Any:
+        theirs = {1: {way: tune.Time(3.0, 0.0) for way in WAYS}}
+        tune.keep(start.case, theirs, start.module.tuning_directory())
+        return {1: {way: tune.Time(2.0, 0.0) for way in WAYS}}
+
+    times, _ = start.module.settled(start.case, [1], measure_while_another_rank_is_quicker)
+    assert times[1][SERIAL].microseconds == 3.0
 
 
 def test_a_directory_that_cannot_be_written_costs_the_next_start_its_times(start: Start, tmp_path: Path) -> None:

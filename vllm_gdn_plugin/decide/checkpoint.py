@@ -313,6 +313,7 @@ def _decode_facts(config: Mapping[str, Any], model_type: str, facts: LayerFacts,
         lora=facts.lora,
         batch_invariant=facts.batch_invariant,
         speculation=flags.speculative_config is not None,
+        offload=facts.offload,
         ubatching=facts.ubatching,
     )
 

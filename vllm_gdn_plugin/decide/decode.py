@@ -30,6 +30,8 @@ class DecodeFacts:
     lora: bool = False
     batch_invariant: bool = False
     speculation: bool = False
+    offload: bool = False
+    """Weights are kept on, or fetched from, the CPU."""
     ubatching: bool = False
     breakable_graphs: bool = False
     piecewise_decode: bool = False
@@ -57,6 +59,7 @@ DECODE_RULES = (
         lambda f: not f.batch_invariant,
         lambda f: "VLLM_BATCH_INVARIANT=1 promises vLLM's own bits",
     ),
+    DecodeRule("no CPU offload", lambda f: not f.offload, lambda f: "weights are offloaded to the CPU"),
     DecodeRule(
         "no speculative decoding",
         lambda f: not f.speculation,

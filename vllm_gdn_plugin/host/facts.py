@@ -81,6 +81,7 @@ def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
         lora=facts.lora,
         batch_invariant=facts.batch_invariant,
         speculation=config.speculative_config is not None,
+        offload=facts.offload,
         ubatching=facts.ubatching,
         breakable_graphs=bool(envs.VLLM_USE_BREAKABLE_CUDAGRAPH),
         piecewise_decode=facts.cuda_graphs and mode is not None and mode.decode_mode().name == "PIECEWISE",

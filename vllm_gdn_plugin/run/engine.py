@@ -14,6 +14,8 @@ from vllm_gdn_plugin.run.fused import FusedWeight
 from vllm_gdn_plugin.run.timing import decode_ways_of, rows_of, ways_of
 from vllm_gdn_plugin.tune.settle import UNTIMED
 
+SLOWER = "vLLM's own decode was timed as fast at every size, or the times were too noisy to tell"
+
 Chosen = TypeVar("Chosen")
 
 
@@ -68,7 +70,7 @@ def settle_decode(stock: Any, records: Iterable[Record], everywhere: bool) -> st
         if not why_not and not everywhere:
             ways, phrase = or_by_rule(partial(decode_ways_of, stock, layer, first.decode_facts), first.sizes)
             if ways and KERNEL not in ways.values():
-                why_not = "vLLM's own was timed as fast or faster at every size"
+                why_not = SLOWER
         for record in group:
             record.no_kernel = why_not
             if not why_not:

@@ -63,7 +63,7 @@ class FusedWeight:
         with torch._C.DisableTorchFunctionSubclass():
             for linear, block in zip(_linears(layer), self.blocks, strict=True):
                 weight = linear._parameters.get("weight")
-                if not _holds(linear, block) and weight is not None and _fits(weight, block):
+                if not _holds(linear, block) and weight is not None and weight.shape == block.shape:
                     block.copy_(weight.data)
                     weight.data = block
         in_place = self.is_of(layer)

@@ -151,6 +151,7 @@ def decode_ways_of(stock: Any, layer: Any, facts: DecodeFacts, sizes: Sequence[i
     heads, dim = layer.A_log.shape[0], layer.head_v_dim
     slot_bytes = heads * dim * dim * layer.get_state_dtype()[1].itemsize
     slots = SCRATCH_BYTES // slot_bytes
+    larger = " and more" if any(slots < n <= MOST_DECODED for n in sizes) else ""
     sizes = [n for n in sizes if n <= min(MOST_DECODED, slots)]
     if not sizes:
         return {}, ""
@@ -176,7 +177,7 @@ def decode_ways_of(stock: Any, layer: Any, facts: DecodeFacts, sizes: Sequence[i
 
     times, how = settled(case, sizes, measure)
     chosen = fastest(times, STOCK)
-    return chosen, f"{described(chosen)} ({how})" if chosen else ""
+    return chosen, f"{described(chosen)}{larger} ({how})" if chosen else ""
 
 
 def _own_generator(device: torch.device) -> torch.Generator:

@@ -11,6 +11,10 @@ MARGIN = 0.03
 points where an input is quantised, which lies elsewhere in each (benchmarks/NOTES.md)."""
 
 
+MARGIN_THROUGHOUT = 0.01
+"""The same for the mean over all sizes, of graphs in which nothing is quantised."""
+
+
 def fastest(times: Times, planned: str) -> dict[int, str]:
     """The way for each number of tokens: the ``planned`` one, or where another beats it by :data:`MARGIN`, the fastest.
 
@@ -25,12 +29,14 @@ def fastest(times: Times, planned: str) -> dict[int, str]:
 
 
 def fastest_throughout(times: Times, planned: str) -> str:
-    """The one way for all numbers of tokens: the one with the least mean of its times in those of ``planned``."""
+    """The one way for all numbers of tokens: that with the least mean of its times in those of ``planned``, where it is
+    less by :data:`MARGIN_THROUGHOUT`, else ``planned``."""
     quiet = [by_way for by_way in times.values() if not any(time.noisy for time in by_way.values())]
     if not quiet:
         return planned
     shares = {way: fmean(by[way].microseconds / by[planned].microseconds for by in quiet) for way in quiet[0]}
-    return min(shares, key=lambda way: (shares[way], way != planned))
+    best = min(shares, key=shares.__getitem__)
+    return best if shares[best] < 1 - MARGIN_THROUGHOUT else planned
 
 
 def at(chosen: Mapping[int, str], num_tokens: int, otherwise: str) -> str:
