@@ -30,7 +30,7 @@ def main() -> None:
     for _ in range(ROUNDS):
         last = answers(llm, args.max_tokens)
     files, objects = (now - then for now, then in zip(count(), before, strict=True))
-    grown = {"requests": ROUNDS, "files": files, "objects": objects, "ran": last["op_calls"]}
+    grown = {"requests": ROUNDS, "files": files, "objects": objects, "ran": last["ran"]}
     args.output.write_text(json.dumps(grown))
 
 

@@ -180,3 +180,31 @@ def test_what_sleeps_is_kept_on_the_host_as_in_stock_vllm(generated: Generated) 
         first, awake, reloaded = (found["answers"][when] for when in ("first", "awake", "reloaded"))
         assert max(compare(*texts) for texts in zip(awake, first, strict=True)) > 16
         assert [text[0] for text in reloaded] != [text[0] for text in first]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What count_artifacts.py found for 8 and 16 layers, at a first start and at one with the caches of the first."""
+    directory = tmp_path_factory.mktemp("artifacts")
+    models = [make_model("qwen3_5", directory / f"{4 * blocks}", blocks=blocks) for blocks in (2, 4)]
+    command = [sys.executable, HERE / "count_artifacts.py", directory / "found.json", *models]
+    env = os.environ | {"VLLM_CACHE_ROOT": str(directory / "cache")}
+    found = []
+    for _ in range(2):
+        done = subprocess.run(
+            command, cwd=directory, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
+        found.append(json.loads((directory / "found.json").read_text()))
+    return found
+
+
+@pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
+def test_compiled_artifacts_do_not_grow_with_the_layers(artifacts: list[dict[str, Any]], strategy: str) -> None:
+    """dual_stream's fork and join lie within a piece, so that there are as many pieces as stock has."""
+    first, second = artifacts
+    print(json.dumps(artifacts))
+    assert first["8"][strategy] == first["16"][strategy] == first["8"]["stock"] == first["16"]["stock"]
+    assert second["8"][strategy] == second["16"][strategy] == second["8"]["stock"] == second["16"]["stock"]
+    assert first["8"][strategy]["num_compiled_artifacts_saved"] > 0
+    assert second["8"][strategy]["num_compiled_artifacts_saved"] == 0, "what the first start has saved serves"
