@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +225,15 @@ def test_fused_may_round_otherwise_but_not_worse(computed: Any) -> None:
 def test_what_a_step_frees_is_elsewhere_in_the_next_layer() -> None:
     import torch
 
-    from vllm_gdn_plugin.tune.timer import one_after_the_other
+    from vllm_gdn_plugin.tune.timer import in_turn
 
     addresses = []
 
-    def step(layer: int, hidden_states: torch.Tensor) -> int:
-        addresses.append(torch.empty_like(hidden_states, dtype=torch.uint8).data_ptr())
+    def step(layer: int) -> int:
+        addresses.append(torch.empty(8, 512, dtype=torch.uint8).data_ptr())
         return layer
 
-    assert one_after_the_other(step, range(16), torch.empty(8, 512)) == 15
+    assert in_turn([partial(step, layer) for layer in range(16)], 8 * 512, "cpu") == 15
     assert len(set(addresses)) == 16
 
 

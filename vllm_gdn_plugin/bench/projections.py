@@ -15,7 +15,7 @@ from vllm_gdn_plugin.bench.shapes import Shape
 from vllm_gdn_plugin.bench.strategies import Projections
 from vllm_gdn_plugin.bench.timing import CpuTimer, Timer
 from vllm_gdn_plugin.bench.verify import Outputs, verify
-from vllm_gdn_plugin.tune.timer import CudaTimer, one_after_the_other
+from vllm_gdn_plugin.tune.timer import CudaTimer, in_turn
 
 SEED = 0
 
@@ -118,7 +118,9 @@ def prepare(
     hidden_states: torch.Tensor,
 ) -> tuple[dict[str, Callable[[], object]], dict[str, Outputs]]:
     """By way: what is timed, one layer after the other, and the outputs of the last one."""
-    both = {way: timer.prepare(partial(one_after_the_other, step, layers, hidden_states)) for way, step in ways.items()}
+    steps = {way: [partial(step, layer, hidden_states) for layer in layers] for way, step in ways.items()}
+    size, device = hidden_states.numel(), hidden_states.device  # as large as an input in FP8
+    both = {way: timer.prepare(partial(in_turn, each, size, device)) for way, each in steps.items()}
     return {way: run for way, (run, _) in both.items()}, {way: outputs for way, (_, outputs) in both.items()}
 
 

@@ -1,7 +1,8 @@
 """Whether a GDN layer's decode runs in the plugin's kernel, and why not: pure functions of facts."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+
+from vllm_gdn_plugin.decide.plan import Rule
 
 HEAD_DIM = 128
 """Keys and values of a head, the only size that the kernel is made for."""
@@ -40,67 +41,58 @@ class DecodeFacts:
     """vLLM's own setting by which the operator has chosen another decode."""
 
 
-@dataclass(frozen=True)
-class DecodeRule:
-    """A condition that the decode kernel needs, as the README states it."""
-
-    needs: str
-    holds: Callable[[DecodeFacts], bool]
-    otherwise: Callable[[DecodeFacts], str]
-
-
 FLOATS = ("bfloat16", "float32")
 
-DECODE_RULES = (
-    DecodeRule("CUDA", lambda f: f.platform == "cuda", lambda f: f"it is made for CUDA, this is platform {f.platform}"),
-    DecodeRule("no LoRA", lambda f: not f.lora, lambda f: "LoRA is enabled"),
-    DecodeRule(
+DECODE_RULES: tuple[Rule[DecodeFacts], ...] = (
+    Rule("CUDA", lambda f: f.platform == "cuda", lambda f: f"it is made for CUDA, this is platform {f.platform}"),
+    Rule("no LoRA", lambda f: not f.lora, lambda f: "LoRA is enabled"),
+    Rule(
         "`VLLM_BATCH_INVARIANT` is off",
         lambda f: not f.batch_invariant,
         lambda f: "VLLM_BATCH_INVARIANT=1 promises vLLM's own bits",
     ),
-    DecodeRule("no CPU offload", lambda f: not f.offload, lambda f: "weights are offloaded to the CPU"),
-    DecodeRule(
+    Rule("no CPU offload", lambda f: not f.offload, lambda f: "weights are offloaded to the CPU"),
+    Rule(
         "no speculative decoding",
         lambda f: not f.speculation,
         lambda f: "with speculative decoding vLLM has a kernel of its own",
     ),
-    DecodeRule(
+    Rule(
         "no dual batch overlap, no breakable CUDA graphs",
         lambda f: not f.ubatching and not f.breakable_graphs,
         lambda f: f"{'dual batch overlap' if f.ubatching else 'breakable CUDA graphs'} split a step in parts",
     ),
-    DecodeRule(
+    Rule(
         "CUDA graphs of whole decode steps, or none",
         lambda f: not f.piecewise_decode,
         lambda f: "cudagraph_mode PIECEWISE leaves the attention out of its graphs",
     ),
-    DecodeRule(
+    Rule(
         "vLLM's own decode is not chosen by `VLLM_GDN_DECODE_KERNEL` or `VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE`",
         lambda f: not f.turned_off,
         lambda f: f"{f.turned_off} asks for vLLM's own",
     ),
-    DecodeRule(
+    Rule(
         "the flat layout (Qwen3.5 and later, not Qwen3-Next)",
         lambda f: f.layout == "flat",
         lambda f: f"the projection's output is {f.layout}, as Qwen3-Next has it",
     ),
-    DecodeRule(
+    Rule(
         f"heads of {HEAD_DIM} keys and {HEAD_DIM} values, conv1d of width {CONV_WIDTH} without bias",
         lambda f: f.head_dims == (HEAD_DIM, HEAD_DIM) and f.conv == (CONV_WIDTH, False, "silu"),
         lambda f: f"heads are of {f.head_dims[0]} keys and {f.head_dims[1]} values, conv1d is {f.conv}",
     ),
-    DecodeRule(
+    Rule(
         "a norm of whole heads before a SiLU or sigmoid gate",
         lambda f: f.norm == (None, True) and f.gate in ("silu", "sigmoid"),
         lambda f: f"the norm is another: group size {f.norm[0]}, before the gate: {f.norm[1]}, gate {f.gate}",
     ),
-    DecodeRule(
+    Rule(
         "activations and conv state in bfloat16, recurrent state and norm in bfloat16 or float32",
         lambda f: f.dtypes[:2] == ("bfloat16", "bfloat16") and {*f.dtypes[2:]} <= {*FLOATS},
         lambda f: "activations, conv state, recurrent state and norm are in " + ", ".join(f.dtypes),
     ),
-    DecodeRule(
+    Rule(
         "vLLM's default layout of the conv state",
         lambda f: not f.conv_state_dim_first,
         lambda f: "the conv state lies with its channels first",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from vllm_gdn_plugin.decide.scratch import UNQUANTIZED, share_no_scratch
 
@@ -61,17 +62,20 @@ class Plan:
     reason: str
 
 
+Facts = TypeVar("Facts")
+
+
 @dataclass(frozen=True)
-class Rule:
-    """A condition on a layer that a strategy needs, as the README states it."""
+class Rule(Generic[Facts]):
+    """A condition on a layer that a strategy, or the decode kernel, needs, as the docs state it."""
 
     needs: str
-    holds: Callable[[LayerFacts], bool]
-    otherwise: Callable[[LayerFacts], str]
+    holds: Callable[[Facts], bool]
+    otherwise: Callable[[Facts], str]
     """The reason given to the user where the condition does not hold."""
 
 
-COMMON_RULES = (
+COMMON_RULES: tuple[Rule[LayerFacts], ...] = (
     Rule(
         "no LoRA",
         lambda f: not f.lora,
@@ -92,7 +96,7 @@ COMMON_RULES = (
     ),
 )
 
-FUSED_RULES = (
+FUSED_RULES: tuple[Rule[LayerFacts], ...] = (
     *COMMON_RULES,
     Rule(
         "both are unquantised",
@@ -111,7 +115,7 @@ FUSED_RULES = (
     ),
 )
 
-DUAL_STREAM_RULES = (
+DUAL_STREAM_RULES: tuple[Rule[LayerFacts], ...] = (
     *COMMON_RULES,
     Rule(
         "`in_proj_ba` is unquantised, and `in_proj_qkvz` shares no scratch memory with it",
@@ -141,7 +145,7 @@ DUAL_STREAM_RULES = (
     ),
 )
 
-RULES: dict[str, tuple[Rule, ...]] = {FUSED: FUSED_RULES, DUAL_STREAM: DUAL_STREAM_RULES}
+RULES: dict[str, tuple[Rule[LayerFacts], ...]] = {FUSED: FUSED_RULES, DUAL_STREAM: DUAL_STREAM_RULES}
 """What each strategy needs, fastest first: ``auto`` takes the first whose rules all hold."""
 
 SERIAL_REASON = "serial was asked for: vLLM runs as it is"

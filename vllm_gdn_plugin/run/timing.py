@@ -17,7 +17,7 @@ from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS, WAYS
 from vllm_gdn_plugin.run.fused import rows_to_choose_from
 from vllm_gdn_plugin.tune.choose import described, fastest, fastest_throughout
 from vllm_gdn_plugin.tune.settle import case_of, kept, settled
-from vllm_gdn_plugin.tune.timer import CudaTimer, apart, timed
+from vllm_gdn_plugin.tune.timer import CudaTimer, timed
 from vllm_gdn_plugin.tune.times import Case
 
 CACHE_FILLS = 4
@@ -106,7 +106,7 @@ def ways_of(
     def measure(missing: list[int]) -> Any:
         prepare_aux_stream()
         weight_bytes = sum(parameter.nbytes for parameter in ready[0].in_proj_qkvz.parameters())
-        different = apart(ready[: _count(weight_bytes)])
+        different = ready[: _count(weight_bytes)]
         turns = list(islice(cycle(different), max(len(different), CudaTimer.min_layers)))
         weight = next(ready[0].in_proj_ba.parameters())
         own = _own_generator(weight.device)

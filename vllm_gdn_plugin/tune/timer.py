@@ -18,36 +18,12 @@ MOST_TAKEN = 2**20
 """Bytes. PyTorch keeps larger blocks apart from these; at 64 tokens and more, addresses make no difference."""
 
 Result = TypeVar("Result")
-Layer = TypeVar("Layer")
 
 
 def interleaved(names: list[str], rounds: int, seed: int = 0) -> list[list[str]]:
     """The order within each round: shuffled, so that none always follows the same other."""
     generator = random.Random(seed)
     return [generator.sample(names, len(names)) for _ in range(rounds)]
-
-
-def apart(layers: Sequence[Layer]) -> list[Layer]:
-    """Layers whose weights lie one behind the other, in an order in which no neighbours follow each other: one GEMM
-    may read rows of the next weight, which would still be cached."""
-    return [*layers[::2], *layers[1::2]]
-
-
-def one_after_the_other(
-    step: Callable[[Any, torch.Tensor], Result], layers: Iterable[Any], hidden_states: torch.Tensor
-) -> Result:
-    """Run ``step`` on each layer, and return what it gave for the last one.
-
-    What a step allocates and frees again, a quantised input say, lies elsewhere in each: by its address alone an FP8
-    GEMM of a few tokens takes up to 1.3 times as long (benchmarks/NOTES.md), and an engine's addresses cannot be
-    foretold.
-    """
-    size = min(hidden_states.numel(), MOST_TAKEN)  # as large as an input in FP8
-    taken = []
-    for layer in layers:
-        result = step(layer, hidden_states)
-        taken.append(torch.empty(size, dtype=torch.uint8, device=hidden_states.device))
-    return result
 
 
 class CudaTimer:
@@ -131,9 +107,8 @@ def _timed(works: Works, sizes: Iterable[int], token_bytes: int, rounds: int, se
             if time.perf_counter() > end:
                 break
             steps = works(tokens)
-            prepared = {
-                way: timer.prepare(partial(in_turn, each, tokens * token_bytes))[0] for way, each in steps.items()
-            }
+            moved = tokens * token_bytes
+            prepared = {way: timer.prepare(partial(in_turn, each, moved, "cuda"))[0] for way, each in steps.items()}
             samples = timer.measure(prepared, rounds, warm_up=1)
             prepared.clear()  # a graph that ends later could give back the workspace of the next ones
             times[tokens] = {way: _time(samples[way], len(steps[way])) for way in steps}
@@ -145,13 +120,16 @@ def _time(samples: list[float], layers: int) -> Time:
     return Time(median / layers, (upper - lower) / median)
 
 
-def in_turn(steps: Iterable[Callable[[], Any]], input_bytes: int) -> None:
+def in_turn(steps: Iterable[Callable[[], Result]], input_bytes: int, device: torch.device | str) -> Result:
     """Run each step, and after each take as many bytes as its quantised input has taken and given back.
+
+    Returns what the last step gave.
 
     So the input lies elsewhere in each: by its address alone an FP8 GEMM of a few tokens takes up to 1.3 times as long
     (benchmarks/NOTES.md), and an engine's addresses cannot be foretold.
     """
     taken = []
     for step in steps:
-        step()
-        taken.append(torch.empty(min(input_bytes, MOST_TAKEN), dtype=torch.uint8, device="cuda"))
+        result = step()
+        taken.append(torch.empty(min(input_bytes, MOST_TAKEN), dtype=torch.uint8, device=device))
+    return result
