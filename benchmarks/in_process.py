@@ -9,8 +9,8 @@ up and are stepped in turn, one at a time. A case `concurrency N` times the deco
 prompts, a case `N in` the first token of one prompt of N tokens. Before them, each engine says how long it took to
 build, and how much GPU memory it took. MODEL is a directory, such as gpu_models.py makes; weights are dummies.
 
-- With `--starts 2` there are two engines of each, `off` and `off-2`. What two of the same differ by, no number of
-  rounds takes away: the report compares all pairs, and the interval holds them all.
+- With `--starts 2` all of that is done twice: engines of each, `off-2` and so on, are built anew when the first are
+  gone. What two starts differ by, no number of rounds takes away: the interval of the report holds that of each start.
 - With `--one-process` all engines are in one process, built one after the other: a host that is slow for one process
   and not for another then slows all alike. The first engine's time and memory hold what later ones find done. Else each
   has a process; stock starts first, so that the others find Triton's kernels tuned, then `auto`, which times what it
@@ -18,9 +18,9 @@ build, and how much GPU memory it took. MODEL is a directory, such as gpu_models
 - With `--cpus`, once all have started, all their threads run on those CPUs alone.
 - `no_kernel=VLLM_GDN_PLUGIN_DECODE_KERNEL=0` is `auto` with that setting.
 
-Writes DIRECTORY/serve.json after each round, and serve.md and .png in the end, also when the time is over or with
-Ctrl-C. The engines share the GPU, so each needs the size of its KV cache, which must hold all requests: a GDN layer of
-Qwen3.5-27B keeps 3 MiB of float32 state for each. On a GPU host without a network, for vLLM 0.33:
+Writes DIRECTORY/serve.json after each round, and serve.md and .png in the end, also with Ctrl-C or SIGTERM. The engines
+share the GPU, so each needs the size of its KV cache, which must hold all requests: a GDN layer of Qwen3.5-27B keeps
+3 MiB of float32 state for each. On a GPU host without a network, for vLLM 0.33:
 
     --engine '{"attention_backend": "FLASH_ATTN", "gdn_prefill_backend": "triton", "gpu_memory_utilization": 0.01,
     "kv_cache_memory_bytes": 4294967296, "max_model_len": 8448, "max_num_batched_tokens": 8448, "compilation_config":
@@ -40,12 +40,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -53,18 +52,18 @@ from switch_plugin import switch_plugin
 
 from vllm_gdn_plugin.bench.engine import probe
 from vllm_gdn_plugin.bench.engine.results import SERVE, EngineRun
-from vllm_gdn_plugin.bench.engine.serve import START, turns, verified
+from vllm_gdn_plugin.bench.engine.serve import START, verified
 from vllm_gdn_plugin.bench.engine.server import end_group
-from vllm_gdn_plugin.bench.engine.variants import BEFORE_NUMBER, OFF, require_at_work, variants
+from vllm_gdn_plugin.bench.engine.variants import BEFORE_NUMBER, OFF, kind_of, require_at_work, start_of, variants
 from vllm_gdn_plugin.bench.errors import EXIT_INTERRUPTED, BadInput, BenchError
 from vllm_gdn_plugin.bench.shapes import count, counts
 from vllm_gdn_plugin.decide.plan import AUTO
 
 PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
-SECONDS = 520
-"""For a call of ten minutes. vLLM 0.33.0 took 30 s to import there and 20 s to compile for each engine, without caches;
-three engines of 16 layers of Qwen3.5-35B-A3B were up after 190 s (a host with an H200 and cold disks)."""
+SECONDS = 120
+"""Of measuring, beside what the engines take to start: on a fresh host with an H200, two of vLLM 0.33.0 were up after
+some 190 s, most of it Triton's tuning of the prefill's kernels."""
 RESULT = "serve.json"
 BUILDS = "in_process.py builds "
 """Before the name of an engine, in the log of its process."""
@@ -174,18 +173,20 @@ def work(arguments: Sequence[str]) -> None:
             os.environ.update(settings)
         from vllm import LLM, SamplingParams
 
-        before, began = memory(), time.perf_counter()
+        given = json.loads(engine)
+        alone = given.get("tensor_parallel_size", 1) == 1  # else the weights are in processes of their own
+        before, began = memory() if alone else {}, time.perf_counter()
         built[name] = LLM(
             model,
             load_format="dummy",
             skip_tokenizer_init=True,
             language_model_only=True,
             enable_prefix_caching=False,
-            **json.loads(engine),
+            **given,
         )
         about[name] = {"startup_s": time.perf_counter() - began}
-        about[name] |= {metric: value - before[metric] for metric, value in memory().items()}
         if before:
+            about[name] |= {metric: value - before[metric] for metric, value in memory().items()}
             runner = built[name].llm_engine.model_executor.driver_worker.model_runner
             about[name]["model_mib"] = runner.model_memory_usage / probe.MIB
     gc.collect()
@@ -247,69 +248,60 @@ def memory() -> dict[str, float]:
     return {"allocated_mib": allocated / probe.MIB, "reserved_mib": reserved / probe.MIB}
 
 
-class TimeIsOver(Exception):
-    """The seconds of the whole measurement."""
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeIsOver in the body, whatever it waits for, when so many seconds are over."""
-
-    def end(signum: int, frame: object) -> None:
-        raise TimeIsOver
-
-    signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
 def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) -> None:
-    """Add the samples of rounds to the run until there are enough, and keep them after each. Raises BenchError."""
-    with ExitStack() as kept:
-        known: dict[str, Engine] = {}
-        stock: Any = None
-        for group in groups(list(run.variants), options.one_process):
-            started: dict[str, Engine] = {}
-            for names in group:
-                started |= kept.enter_context(engines({name: run.variants[name] for name in names}, options))
-            for name, this in started.items():
-                tokens, logprobs = this.ask({"probe": True})
-                found = [str(token) for token in tokens], logprobs
-                stock = stock or found
-                if name != OFF:
-                    run.verified[name] = verified(name, stock, found)
-                if line := require_at_work(name, this.log()):
-                    run.said[name] = line
-                run.add(0, name, START, this.ask({"about": True}))
-            known |= started
-        fitting = []
-        for case in cases:  # each once, untimed
-            ran = [this.ask(vars(case) | {"seed": 0, "repeat": 1}) for this in known.values()]
-            if case.tokens == 1 or all(map(case.at_once, ran)):
-                fitting.append(case)
-            else:
-                run.load += f"; {case.name} left out: not all requests ran at once (kv_cache_memory_bytes)"
-        if options.cpus:
-            for this in known.values():
-                this.ask({"cpus": options.cpus})
-        for number, turn in groupby(turns(run), key=itemgetter(0)):
-            names = [name for _, name in turn]
-            for n, case in enumerate(fitting):
-                seed = 1 + number * len(cases) + n  # new prompts in each round, the same for each engine
-                for name in names:
-                    run.add(number, name, case.name, case.values(known[name].ask(vars(case) | {"seed": seed})))
-            run.save(options.directory / RESULT)
+    """Add to the run what the engines of each start show, one start after the other. Raises BenchError."""
+    stock: Any = None
+    left_out: set[str] = set()
+    for _, names in groupby(run.variants, key=start_of):
+        with ExitStack() as kept:
+            known: dict[str, Engine] = {}
+            for group in groups(list(names), options.one_process):
+                started: dict[str, Engine] = {}
+                for together in group:
+                    started |= kept.enter_context(engines({name: run.variants[name] for name in together}, options))
+                for name, this in started.items():
+                    tokens, logprobs = this.ask({"probe": True})
+                    found = [str(token) for token in tokens], logprobs
+                    stock = stock or found
+                    if name != OFF:
+                        run.verified[name] = verified(name, stock, found)
+                    if line := require_at_work(name, this.log()):
+                        run.said[name] = line
+                    run.add(run.rounds, name, START, this.ask({"about": True}))
+                known |= started
+            for case in cases:  # each once, untimed
+                ran = [this.ask(vars(case) | {"seed": 0, "repeat": 1}) for this in known.values()]
+                if case.tokens > 1 and not all(map(case.at_once, ran)):
+                    left_out.add(case.name)
+            if options.cpus:
+                for this in known.values():
+                    this.ask({"cpus": options.cpus})
+            until, last = time.monotonic() + options.seconds, run.rounds + options.rounds
+            while run.rounds < last and time.monotonic() < until:
+                add_round(run, known, cases, left_out)
+                run.save(options.directory / RESULT)
+    for name in sorted(left_out):
+        run.load += f"; {name} left out: not all requests ran at once (kv_cache_memory_bytes)"
+
+
+def add_round(run: EngineRun, known: Mapping[str, Engine], cases: Sequence[Case], left_out: Collection[str]) -> None:
+    """Each case in each engine; who is first changes from round to round."""
+    names, number = list(known), run.rounds
+    first = number % len(names)
+    for n, case in enumerate(cases):
+        if case.name not in left_out:
+            seed = 1 + number * len(cases) + n  # new prompts in each round, the same for each engine
+            for name in names[first:] + names[:first]:
+                run.add(number, name, case.name, case.values(known[name].ask(vars(case) | {"seed": seed})))
+    run.rounds = number + 1
 
 
 def groups(names: Sequence[str], one_process: bool) -> list[list[list[str]]]:
     """The names of the engines in each process, in groups of processes that start at once."""
     if one_process:
         return [[list(names)]]
-    alone = [[[name]] for name in (OFF, AUTO) if name in names]
-    others = [[name] for name in names if name not in (OFF, AUTO)]
+    alone = [[[name]] for name in names if kind_of(name) in (OFF, AUTO)]
+    others = [[name] for name in names if kind_of(name) not in (OFF, AUTO)]
     return [*alone, others] if others else alone
 
 
@@ -344,7 +336,7 @@ def main(arguments: Sequence[str]) -> int:
             kind=SERVE,
             command=shlex.join(["python", "benchmarks/in_process.py", *arguments]),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            rounds=options.rounds,
+            rounds=0,
             model=Path(options.model).name,
             vllm_arguments=[],
             variants=options.variants,
@@ -356,10 +348,7 @@ def main(arguments: Sequence[str]) -> int:
             + (f"; each engine on CPUs {', '.join(map(str, options.cpus))}" if options.cpus else ""),
         )
         try:
-            with at_most(options.seconds):
-                measure(run, cases, options)
-        except TimeIsOver:
-            run.stopped = f"{options.seconds} seconds were over"
+            measure(run, cases, options)
         except KeyboardInterrupt:
             run.stopped, status = "interrupted", EXIT_INTERRUPTED
         except BenchError as wrong:
@@ -379,9 +368,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model")
     parser.add_argument("directory", type=Path)
     parser.add_argument("--strategy", metavar="NAME[=SETTING=VALUE],...", default=AUTO, help="beside stock")
-    parser.add_argument("--starts", default="1", help="engines of each; default 1")
-    parser.add_argument("--seconds", default=str(SECONDS), help=f"for all of it; default {SECONDS}")
-    parser.add_argument("--rounds", default="10000", help="default 10000: until the seconds are over")
+    parser.add_argument("--starts", default="1", help="of the engines; default 1")
+    parser.add_argument("--seconds", default=str(SECONDS), help=f"of each start; default {SECONDS}")
+    parser.add_argument("--rounds", default="10000", help="of each start, if the seconds allow")
     parser.add_argument("--concurrency", metavar="N,...", default="1,2,4,8,16,32", help="default 1,2,4,8,16,32")
     parser.add_argument("--output-len", default="16", help="tokens of each answer; default 16")
     parser.add_argument("--input-len", metavar="N,...", default="8,512,1024,8192", help="default 8,512,1024,8192")

@@ -1,12 +1,13 @@
 """Generate with one model with stock vLLM and with each strategy, in one process: its kernels are tuned once.
 
-    python generate_all.py MODEL OUTPUT.json [--more decode auto] [--eager | --piecewise] [--mtp]
-                                             [--sleep OTHER_MODEL] [--tensor-parallel-size N]
+    python generate_all.py MODEL OUTPUT.json [--more decode auto] [--engine JSON] [--lengths N...]
+                                             [--spoken] [--forced] [--sleep OTHER_MODEL]
 
-With full and piecewise CUDA graphs where nothing else is said; with `--more`, also with the decode kernel, and with
-what `auto` chooses; with `--mtp`, the model's own MTP head drafts; with `--sleep`, each engine sleeps at level 2 after
-its answers, wakes, is given its weights again and asked again, then those of another model. With more ranks than one,
-each engine has worker processes of its own, which load the installed plugin, or don't.
+With what `--engine` adds to the arguments of vLLM's LLM. With `--more`, also with the decode kernel, and with what
+`auto` chooses; with `--spoken`, prompts are of the sentence that the model has learned; with `--forced`, every engine
+goes on with stock's tokens, whatever it would have said; with `--sleep`, each engine sleeps at level 2 after its
+answers, wakes, is given its weights again and asked again, then those of another model. With more ranks than one, each
+engine has worker processes of its own, which load the installed plugin, or don't.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.extend(str(Path(__file__).parents[2] / folder) for folder in ("benchmarks", "examples"))
 
 from switch_plugin import switch_plugin
 
@@ -25,7 +26,6 @@ from vllm_gdn_plugin.decide import plan
 from vllm_gdn_plugin.settings import variable
 
 STEPS = 256
-PROMPT_LENGTHS = (3, 17, 40, 600, 700)
 DECODE_KERNEL = variable("decode_kernel")
 SETTINGS = {
     "stock": {PLUGINS: ""},
@@ -41,21 +41,24 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
     parser.add_argument("--more", nargs="*", default=[], choices=["decode", "auto"])
-    parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--piecewise", action="store_true")
-    parser.add_argument("--mtp", action="store_true")
+    parser.add_argument("--engine", type=json.loads, default={})
+    parser.add_argument("--lengths", type=int, nargs="*", default=[3, 17, 40, 600, 700], help="of the prompts")
+    parser.add_argument("--spoken", action="store_true")
+    parser.add_argument("--forced", action="store_true")
     parser.add_argument("--sleep", metavar="OTHER_MODEL")
-    parser.add_argument("--tensor-parallel-size", type=int, default=1)
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     found: dict[str, Any] = {}
-    joins = watch_joins()
+    joins, preempted = watch_joins(), watch_preemptions()
     for name, settings in SETTINGS.items():
         if name not in ("stock", "dual_stream", "fused", *options.more):
             continue
         switch_plugin(settings)  # for worker processes, too
         joins.clear()
-        found[name] = run(options) | {"joins": dict(joins)}
+        preempted.clear()
+        forced = [[token for token, _ in text] for text in found["stock"]["answers"]["first"]] if found else None
+        found[name] = run(options, forced if options.forced else None)
+        found[name] |= {"joins": dict(joins), "preempted": len(preempted)}
         options.output.write_text(json.dumps(found))
 
 
@@ -78,6 +81,21 @@ def watch_joins() -> dict[str, int]:
     return seen
 
 
+def watch_preemptions() -> list[str]:
+    """The requests that give their place in the cache to another, and start anew later."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    seen: list[str] = []
+    preempt = Scheduler._preempt_request
+
+    def watched(self: Any, request: Any, *rest: Any, **more: Any) -> Any:
+        seen.append(request.request_id)
+        return preempt(self, request, *rest, **more)
+
+    Scheduler._preempt_request = watched
+    return seen
+
+
 def layers(llm: Any) -> dict[str, Any]:
     """What the plugin does with the GDN layers of this process, and what vLLM chose for them."""
     known = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
@@ -89,30 +107,30 @@ def layers(llm: Any) -> dict[str, Any]:
     }
 
 
-def run(options: argparse.Namespace) -> Any:
+def run(options: argparse.Namespace, forced: list[list[int]] | None) -> Any:
     """The `answers` of an engine, by name of the moment at which it was asked, and what is known of its layers."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(
-        options.model,
-        enforce_eager=options.eager,
-        compilation_config={"cudagraph_mode": "PIECEWISE"} if options.piecewise else {},
-        tensor_parallel_size=options.tensor_parallel_size,
-        speculative_config={"method": "mtp", "num_speculative_tokens": 2} if options.mtp else None,
-        mamba_ssm_cache_dtype="float32",
-        max_model_len=1024,
-        max_num_seqs=8,
-        gpu_memory_utilization=0.01,  # asked of the GPU's free memory, but not used where the next one is given
-        kv_cache_memory_bytes=1 << 30,
-        enable_prefix_caching=not options.mtp,
-        enable_sleep_mode=bool(options.sleep),
-        attention_backend="FLASH_ATTN",
-        gdn_prefill_backend="triton",
-        skip_tokenizer_init=True,
-        seed=0,
-    )
-    answers = {"first": generate(llm, STEPS), "again": generate(llm, 32)}  # the second from the prefix cache
+    arguments = {
+        "mamba_ssm_cache_dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 640,  # so that some prompts come in chunks, beside the decode of others
+        "gpu_memory_utilization": 0.01,  # asked of the GPU's free memory, but not used where the next one is given
+        "kv_cache_memory_bytes": 1 << 30,
+        "attention_backend": "FLASH_ATTN",
+        "gdn_prefill_backend": "triton",
+        "skip_tokenizer_init": True,
+        "seed": 0,
+        "enable_sleep_mode": bool(options.sleep),
+    }
+    arguments |= {"enable_trace_replay": True} if options.forced else {}
+    llm = LLM(options.model, **arguments | options.engine)
+    prompts = prompts_for(options)
+    answers = {"first": generate(llm, prompts, STEPS, forced)}
+    if not options.forced:
+        answers["again"] = generate(llm, prompts, 32)  # from the prefix cache
     if options.sleep:
         answers["host bytes asleep"] = sleep(llm)
         for when, model in (("awake", options.model), ("reloaded", options.sleep)):
@@ -120,11 +138,22 @@ def run(options: argparse.Namespace) -> Any:
             if when == "awake":
                 llm.wake_up(tags=["kv_cache"])
             llm.reset_prefix_cache()
-            answers[when] = generate(llm, STEPS)
+            answers[when] = generate(llm, prompts, STEPS)
     found = {"answers": answers} | layers(llm)
     del llm
     cleanup_dist_env_and_memory()
     return found
+
+
+def prompts_for(options: argparse.Namespace) -> list[list[int]]:
+    """Token ids; some of the prompts share a prefix."""
+    said = [(7 * i + 3) % 256 for i in range(256)]
+    if options.spoken:
+        from tiny_model import SENTENCE
+        from transformers import PreTrainedTokenizerFast
+
+        said = PreTrainedTokenizerFast.from_pretrained(options.model)(SENTENCE)["input_ids"]
+    return [[said[i % len(said)] for i in range(n)] for n in options.lengths]
 
 
 def sleep(llm: Any) -> int:
@@ -135,14 +164,16 @@ def sleep(llm: Any) -> int:
     return int(kept)
 
 
-def generate(llm: Any, steps: int) -> Any:
-    """For each prompt, some of which share a prefix, the steps: each the token and the two best, with their
-    log-probabilities."""
+def generate(llm: Any, prompts: list[list[int]], steps: int, forced: list[list[int]] | None = None) -> Any:
+    """For each prompt the steps: each the token and the two best, with their log-probabilities."""
     from vllm import SamplingParams
 
-    prompts = [{"prompt_token_ids": [(7 * i + 3) % 256 for i in range(n)]} for n in PROMPT_LENGTHS]
-    sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True, detokenize=False, logprobs=2)
-    outputs = [answer.outputs[0] for answer in llm.generate(prompts, sampling, use_tqdm=False)]
+    common = {"temperature": 0, "max_tokens": steps, "ignore_eos": True, "detokenize": False, "logprobs": 2}
+    sampling = [SamplingParams(**common) for _ in prompts]
+    if forced:
+        sampling = [SamplingParams(**common, trace_decode_token_ids=text) for text in forced]
+    asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [answer.outputs[0] for answer in llm.generate(asked, sampling, use_tqdm=False)]
     return [
         [
             (token, sorted(((p.logprob, t) for t, p in best.items()), reverse=True))

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,29 +22,56 @@ HERE = Path(__file__).parent
 GDN_LAYERS = 3
 ROUNDING = 0.1
 """How far log-probabilities may be apart where one GEMM rounds otherwise than two."""
+FORCED = 0.05
+"""The same where every step goes on with the same tokens."""
 TIE = 0.25
 """Where the two best tokens are closer than this, rounding may choose either, and the texts part there."""
 
 
 class Mode(NamedTuple):
-    arguments: tuple[str, ...] = ()
+    more: tuple[str, ...] = ("decode",)
+    """Engines beside stock, dual_stream and fused."""
+    engine: Mapping[str, Any] = {}
+    """Arguments of vLLM's LLM."""
     kind: str = "qwen3_5"
-    runner: str = "2"
-    """vLLM's model runner: from 0.29 on the second is the one that it takes on CUDA by itself."""
+    spoken: bool = False
+    """The model has learned a sentence: no two tokens are ever close, so all must be the same."""
+    forced: bool = False
+    """All go on with stock's tokens."""
+    no_kernel: str = ""
+    """Why there is no decode kernel, as the log says it."""
+    lengths: tuple[int, ...] = ()
+    """Of the prompts, where not those of all modes."""
+    env: Mapping[str, str] = {}
 
 
+RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
+"""From 0.29 on the second is the one that vLLM takes on CUDA by itself."""
+MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}, "enable_prefix_caching": False}
+LESS_WITH_MORE = {"num_speculative_tokens_per_batch_size": [[1, 2, 2], [3, 8, 1]]}
 MODES = {
-    "graphs": Mode(("--more", "decode", "auto")),
-    "piecewise": Mode(("--piecewise",)),
-    "runner-v1": Mode(("--more", "decode"), runner="1"),
-    "eager": Mode(("--eager", "--more", "decode")),
-    "eager-runner-v1": Mode(("--eager",), runner="1"),
-    "mtp": Mode(("--mtp",)),
-    "mtp-runner-v1": Mode(("--mtp",), runner="1"),
-    "interleaved": Mode(kind="qwen3_next"),
-    "mixed": Mode(("--more", "auto"), kind="qwen3_next"),
-    "sleep": Mode(("--sleep", "other", "--more", "decode")),
-    "tp2": Mode(("--tensor-parallel-size", "2")),
+    "graphs": Mode(("decode", "auto")),
+    "spoken": Mode(("decode", "auto"), spoken=True),
+    "piecewise": Mode(
+        engine={"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, no_kernel="cudagraph_mode PIECEWISE"
+    ),
+    "decode-graphs": Mode(engine={"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}),
+    "breakable": Mode(env={"VLLM_USE_BREAKABLE_CUDAGRAPH": "1"}, no_kernel="breakable CUDA graphs"),
+    "runner-v1": Mode(env={RUNNER: "0"}),
+    "eager": Mode(engine={"enforce_eager": True}),
+    "eager-runner-v1": Mode((), {"enforce_eager": True}, env={RUNNER: "0"}),
+    "preemption": Mode(
+        engine={"num_gpu_blocks_override": 36, "enable_prefix_caching": False}, lengths=tuple(range(493, 501))
+    ),
+    "experts": Mode(kind="qwen3_5_moe", forced=True),
+    "mtp": Mode(engine=MTP, spoken=True, no_kernel="with speculative decoding vLLM has a kernel of its own"),
+    "mtp-dynamic": Mode((), MTP | {"speculative_config": MTP["speculative_config"] | LESS_WITH_MORE}),
+    "mtp-runner-v1": Mode((), MTP, env={RUNNER: "0"}),
+    "interleaved": Mode((), kind="qwen3_next"),
+    "mixed": Mode(("auto",), kind="qwen3_next"),
+    "sleep": Mode(),
+    "tp2": Mode(("decode", "auto"), {"tensor_parallel_size": 2}, spoken=True),
+    "tp2-eager": Mode(("decode",), {"tensor_parallel_size": 2, "enforce_eager": True}, spoken=True),
 }
 
 
@@ -61,28 +88,30 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     import vllm
 
     name, mode = request.param, MODES[request.param]
-    if name == "tp2" and torch.cuda.device_count() < 2:
+    released = Version(vllm.__version__)
+    if name.startswith("tp2") and torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
-    if mode.runner == "2" and Version(vllm.__version__) < Version("0.29"):
-        if f"{name}-runner-v1" in MODES:
-            pytest.skip(f"vLLM {vllm.__version__} has no second model runner to speak of")
-        mode = mode._replace(runner="1")
+    if released < Version("0.29") and name in ("spoken", "experts", "mtp-dynamic", "runner-v1", "mtp-runner-v1"):
+        pytest.skip(f"vLLM {released} has no second model runner to speak of")
     if name == "sleep":
         cumem = pytest.importorskip("vllm.device_allocator.cumem")
         if not cumem.cumem_available:
             pytest.skip("this build of vLLM has no allocator for the sleep mode")
     directory = tmp_path_factory.mktemp(name)
-    model = make_model(mode.kind, directory / "model")
+    model = make_model(mode.kind, directory / "model", learn=mode.spoken)
     if name == "mixed":
         model = quantize(model, directory / "quantized", only="in_proj_qkvz")
-    if "--mtp" in mode.arguments:
+    if "speculative_config" in mode.engine:
         model = add_drafter(model, directory / "with_drafter")
+    has_branch = released >= Version("0.28")  # of which the decode kernel takes the place
+    more = [name for name in mode.more if has_branch or name != "decode"]
+    command = [sys.executable, HERE / "generate_all.py", model, directory / "generated.json"]
+    command += ["--more", *more, "--engine", json.dumps(mode.engine)]
+    command += ["--lengths", *map(str, mode.lengths)] if mode.lengths else []
+    command += ["--spoken"] * mode.spoken + ["--forced"] * mode.forced
     if name == "sleep":
-        make_model(mode.kind, directory / "other", seed=1)
-    has_branch = Version(vllm.__version__) >= Version("0.28")  # of which the decode kernel takes the place
-    arguments = [argument for argument in mode.arguments if has_branch or argument != "decode"]
-    command = [sys.executable, HERE / "generate_all.py", model, directory / "generated.json", *arguments]
-    env = os.environ | {"VLLM_USE_V2_MODEL_RUNNER": str(int(mode.runner == "2"))}
+        command += ["--sleep", make_model(mode.kind, directory / "other", seed=1)]
+    env = os.environ | {RUNNER: "1" if released >= Version("0.29") else "0"} | mode.env
     with (directory / "log").open("wb") as log:
         failed = subprocess.run(command, cwd=directory, env=env, stdout=log, stderr=log).returncode
     text = (directory / "log").read_text(errors="replace")
@@ -95,19 +124,40 @@ def strategies(generated: Generated) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def test_dual_stream_gives_the_same_bits(generated: Generated) -> None:
-    if generated.mode == "tp2":
+    if generated.mode.startswith("tp2"):
         pytest.skip("each engine has processes of its own, which tune their kernels each for themselves")
     assert generated.found["dual_stream"]["answers"] == generated.found["stock"]["answers"]
 
 
 def test_gives_the_same_tokens(generated: Generated) -> None:
-    """Up to the first step whose two best tokens are closer than rounding."""
-    stock = generated.found["stock"]["answers"]
+    """Up to the first step whose two best tokens are closer than rounding; in one that says what it has learned, all.
+
+    With experts rounding may choose another expert, so each step goes on from stock's tokens.
+    """
+    mode, stock = MODES[generated.mode], generated.found["stock"]["answers"]
     for name, found in strategies(generated):
         for when in stock.keys() - {"host bytes asleep"}:
-            steps = [compare(*texts) for texts in zip(found["answers"][when], stock[when], strict=True)]
+            pairs = list(zip(found["answers"][when], stock[when], strict=True))
+            if mode.forced:
+                assert max(compare_forced(*texts) for texts in pairs) < FORCED
+                continue
+            steps = [compare(*texts) for texts in pairs]
             print(f"{name}, {when}: the same tokens for {steps} steps")
+            if mode.spoken:
+                assert steps == [len(theirs) for _, theirs in pairs]
             assert max(steps) > 16, "all texts part too soon to tell anything"
+
+
+def compare_forced(ours: list[Any], theirs: list[Any]) -> float:
+    """How far the log-probabilities of stock's best tokens are apart at the most; another one may be best where stock's
+    two are closer than that."""
+    apart = 0.0
+    for step, ((token, best), (stock_token, stock_best)) in enumerate(zip(ours, theirs, strict=True)):
+        assert token == stock_token, "it was to go on with stock's"
+        if best[0][1] != stock_best[0][1]:
+            assert stock_best[0][0] - stock_best[1][0] < FORCED, f"step {step}: another token, and no tie"
+        apart = max(apart, abs(dict(map(reversed, best))[stock_best[0][1]] - stock_best[0][0]))
+    return apart
 
 
 def compare(ours: list[Any], theirs: list[Any]) -> int:
@@ -130,15 +180,15 @@ def test_the_answers_can_differ(generated: Generated) -> None:
 
 def test_every_layer_was_captured_on_two_streams(generated: Generated) -> None:
     """Where the compiler gave a join another tensor than its fork had, it would be serial, and nobody would see it."""
-    if generated.mode == "tp2":
+    if generated.mode.startswith("tp2"):
         pytest.skip("each engine has processes of its own")
     joins = generated.found["dual_stream"]["joins"]
-    if generated.mode.startswith("eager"):
+    if "enforce_eager" in MODES[generated.mode].engine:
         assert joins == {}
     else:
         assert joins["overlapped"] >= GDN_LAYERS
         assert joins["overlapped"] % GDN_LAYERS == 0
-        assert "serially" not in joins
+        assert "serially" not in joins or generated.mode == "breakable"  # whose captures have breaks
     assert "dual_stream runs serially in a CUDA graph" not in generated.log
 
 
@@ -148,17 +198,21 @@ def test_each_strategy_was_at_work(generated: Generated) -> None:
         assert "one GEMM cannot serve" in generated.log
         expected = {"dual_stream": "dual_stream", "auto": "dual_stream"}
         assert "; in CUDA graphs " in generated.log, "auto timed the ways"
-    if generated.mode.startswith("eager"):
+    if "enforce_eager" in MODES[generated.mode].engine:
         assert "CUDA graphs are off" in generated.log
         del expected["dual_stream"]
+    no_kernel = MODES[generated.mode].no_kernel
     for name, strategy in expected.items():
         if name in generated.found:
-            kernel = r"( \+ decode kernel)?" if name == "auto" else " \\+ decode kernel" * (name == "decode")
-            line = rf"{strategy}{kernel} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers \(platform cuda"
+            kernel = {"auto": r"( \+ decode kernel)?", "decode": "" if no_kernel else r" \+ decode kernel"}.get(
+                name, ""
+            )
+            end = f".*; no decode kernel: .*{no_kernel}" if no_kernel and name == "decode" else ""
+            line = rf"{strategy}{kernel} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers \(platform cuda{end}"
             assert re.search(line, generated.log), line
-            if generated.mode != "tp2":
+            if not generated.mode.startswith("tp2"):
                 assert generated.found[name]["strategies"] == GDN_LAYERS * [strategy], name
-                assert name == "auto" or generated.found[name]["decodes"] == GDN_LAYERS * [name == "decode"], name
+                assert name == "auto" or generated.found[name]["decodes"] == GDN_LAYERS * [bool(kernel)], name
 
 
 def test_vllm_s_kernel_for_speculation_reads_what_fused_gives(generated: Generated) -> None:
@@ -169,6 +223,12 @@ def test_vllm_s_kernel_for_speculation_reads_what_fused_gives(generated: Generat
         pytest.skip("it is a kernel for speculation, of 0.28 and later")
     assert "Qwen3_5MTP" in generated.log
     assert generated.found["fused"]["fused speculation"] == GDN_LAYERS * [True]
+
+
+def test_requests_give_way_and_start_anew(generated: Generated) -> None:
+    if generated.mode != "preemption":
+        pytest.skip("the cache is large enough for all")
+    assert min(found["preempted"] for found in generated.found.values()) > 0
 
 
 def test_what_sleeps_is_kept_on_the_host_as_in_stock_vllm(generated: Generated) -> None:

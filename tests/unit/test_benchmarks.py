@@ -248,8 +248,8 @@ class TalkingEngine:
 
 @pytest.fixture
 def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """`stepped(logprob=-1.0, ...)` is the run of two rounds of three cases in two engines, or as many more as `starts`
-    has it, and what they were asked; those with the plugin answer the probe with that log-probability."""
+    """`stepped(logprob=-1.0, ...)` is the run of two rounds of three cases in two engines, as often as `starts` has it,
+    and what they were asked; those with the plugin answer the probe with that log-probability."""
     pytest.importorskip("psutil", reason="not installed: psutil")
     import in_process
     from in_process import Case, measure
@@ -276,11 +276,15 @@ def stepped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., An
         monkeypatch.setattr(in_process, "engines", talking)
         machine = Machine("cpu", "a CPU", "3.11", "0.1.0", "2.11", "0.26.0", None, None, 0, None)
         variants = in_process.started_often({"off": {}, "fused": {}}, starts)
-        found = EngineRun(SERVE, "", "", 2, "m", [], variants, machine)
+        found = EngineRun(SERVE, "", "", 0, "m", [], variants, machine)
         cases = [Case("concurrency 2", 2, 8, 3, 4), Case("8 in", 1, 8, 1, 5), Case("9 in", 1, 9, 1, 5)]
-        measure(found, cases, SimpleNamespace(cpus=cpus, one_process=one_process, directory=tmp_path))
+        options = SimpleNamespace(cpus=cpus, one_process=one_process, directory=tmp_path, seconds=60, rounds=2)
+        measure(found, cases, options)
+        assert found.rounds == 2 * starts
         processes = [names for _, what, names in asked if what == "process"]
-        assert processes == ([list(variants)] if one_process else [[name] for name in variants])
+        together = list(in_process.started_often({"off": {}, "fused": {}}, starts))
+        pairs = [together[n : n + 2] for n in range(0, len(together), 2)]
+        assert processes == (pairs if one_process else [[name] for name in variants])
         return found, [one for one in asked if one[1] != "process"]
 
     return run
@@ -309,7 +313,7 @@ def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(
     assert load(tmp_path / "serve.json").values("ttft_ms", "9 in", "off") == {0: 500.0, 1: 500.0}, "kept each round"
 
 
-def test_several_engines_of_each_are_stepped_as_variants_of_their_own(stepped: Callable[..., Any]) -> None:
+def test_engines_of_a_further_start_are_stepped_after_the_first(stepped: Callable[..., Any]) -> None:
     apart, asked_apart = stepped(starts=2, cpus=(1, 3))
     run, asked = stepped(starts=2, cpus=(1, 3), one_process=True)
     assert (asked, run.samples) == (asked_apart, apart.samples)
@@ -317,6 +321,8 @@ def test_several_engines_of_each_are_stepped_as_variants_of_their_own(stepped: C
     assert set(run.verified) == {"fused", "off-2", "fused-2"}
     assert set(run.said) == {"fused", "fused-2"}
     assert [one for one in asked if one[1] == "cpus"] == [(name, "cpus", (1, 3)) for name in run.variants]
+    by_start = {name: list(run.values("ttft_ms", "8 in", name)) for name in run.variants}
+    assert by_start == {"off": [0, 1], "fused": [0, 1], "off-2": [2, 3], "fused-2": [2, 3]}
 
 
 def test_a_case_whose_requests_wait_for_each_other_is_left_out(stepped: Callable[..., Any]) -> None:
@@ -354,29 +360,25 @@ def test_a_wrong_answer_ends_the_measurement_of_steps(stepped: Callable[..., Any
 
 
 @needs("torch", "numpy", "scipy", "matplotlib", "psutil")
-@pytest.mark.parametrize("ended_by", [signal.SIGTERM, signal.SIGALRM])
-def test_steps_that_were_measured_are_kept_when_it_is_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended_by: signal.Signals
-) -> None:
+def test_steps_that_were_measured_are_kept_when_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import in_process
 
     def measure(run: Any, *_: Any) -> None:
         run.add(0, "off", "concurrency 1", {"tpot_ms": 1.0})
-        signal.raise_signal(ended_by)
+        signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(in_process, "measure", measure)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         engine = '{"kv_cache_memory_bytes": 1}'
-        status = in_process.main(["model", str(tmp_path), "--device", "cpu", "--engine", engine, "--seconds", "60"])
+        status = in_process.main(["model", str(tmp_path), "--device", "cpu", "--engine", engine])
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     kept = json.loads((tmp_path / "serve.json").read_text())
-    over = "60 seconds were over" if ended_by == signal.SIGALRM else "interrupted"
-    assert (status, kept["stopped"]) == (0 if ended_by == signal.SIGALRM else 130, over)
+    assert (status, kept["stopped"]) == (130, "interrupted")
     assert kept["samples"] == {"concurrency 1": {"off": {"tpot_ms": [1.0]}}}
-    assert f"**not complete**: {over}" in (tmp_path / "serve.md").read_text()
+    assert "**not complete**: interrupted" in (tmp_path / "serve.md").read_text()
 
 
 def test_an_engine_that_is_gone_is_named(tmp_path: Path) -> None:

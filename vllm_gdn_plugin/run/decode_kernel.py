@@ -112,7 +112,8 @@ def _add(a0, b0, a1, b1):  # type: ignore[no-untyped-def]
     return a0 + a1, b0 + b1
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# The one number here that changes while an engine serves must not have Triton compile again.
+@triton.jit(do_not_specialize=["index_stride"])  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
     mixed_qkvz,
     b,

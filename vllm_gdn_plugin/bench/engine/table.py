@@ -4,7 +4,7 @@ import math
 import shlex
 import statistics
 from collections.abc import Sequence
-from itertools import permutations, product
+from itertools import product
 
 from vllm_gdn_plugin.bench.engine.results import COMPILE, METRICS, SERVE, EngineRun
 from vllm_gdn_plugin.bench.engine.variants import OFF, kind_of, starts_of
@@ -29,7 +29,7 @@ def markdown(run: EngineRun) -> str:
 
 
 def changes(run: EngineRun, metric: str, case: str, kind: str, baseline: str = OFF) -> Change | None:
-    """How a variant compares with another, the stock engine if none is named, over all pairs of their starts."""
+    """How a variant compares with another, the stock engine if none is named, over all pairs that took turns."""
     pairs = product(starts_of(run.variants, baseline), starts_of(run.variants, kind))
     found = [change for pair in pairs if (change := pair_change(run, metric, case, *pair))]
     return over_pairs(found) if found else None
@@ -46,10 +46,11 @@ def pair_change(run: EngineRun, metric: str, case: str, baseline: str, variant: 
 
 
 def between_starts(run: EngineRun, metric: str, case: str) -> float | None:
-    """By how many percent a start of the stock engine lies above another, at the most; None where there is but one."""
-    pairs = permutations(starts_of(run.variants, OFF), 2)
-    found = [change.percent for pair in pairs if (change := pair_change(run, metric, case, *pair))]
-    return max(found, default=None)
+    """By how many percent the median of a start of the stock engine lies above another's, at the most; None where there
+    is but one."""
+    values = [run.values(metric, case, name).values() for name in starts_of(run.variants, OFF)]
+    medians = [statistics.median(found) for found in values if found]
+    return 100 * (max(medians) / min(medians) - 1) if len(medians) > 1 and min(medians) > 0 else None
 
 
 def kinds(run: EngineRun) -> list[str]:
@@ -74,9 +75,9 @@ def _about(run: EngineRun) -> list[str]:
     ]
     if len(kinds(run)) < len(run.variants):
         lines.append(
-            "- several starts of each engine: the change is the mean over all pairs of an engine of each kind, from the"
-            " lowest to the highest bound of their intervals, so what two starts differ by is a part of it; the last"
-            f" column is the most that a start of {OFF} lies above another"
+            "- several starts of each engine: the change is the mean over the pairs that took turns, from the lowest to"
+            " the highest bound of their intervals, so what two starts differ by is a part of it; the last column is by"
+            f" how much the median of a start of {OFF} lies above another's"
         )
     if run.vllm_arguments:
         lines.append(f"- `vllm serve {shlex.join(run.vllm_arguments)}`")

@@ -51,6 +51,11 @@ def kind_of(variant: str) -> str:
     return variant.partition(BEFORE_NUMBER)[0]
 
 
+def start_of(variant: str) -> str:
+    """Which start of it this is: empty for the first."""
+    return variant.partition(BEFORE_NUMBER)[2]
+
+
 def starts_of(names: Iterable[str], kind: str) -> list[str]:
     """Those of the names that are starts of this variant."""
     return [name for name in names if kind_of(name) == kind]
