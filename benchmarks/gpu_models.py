@@ -66,6 +66,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 2,
     },
+    "122B-A10B": {
+        **_TEXT,
+        **_EXPERTS,
+        "hidden_size": 3072,
+        "moe_intermediate_size": 1024,
+        "shared_expert_intermediate_size": 1024,
+        "num_hidden_layers": 48,
+        "linear_num_value_heads": 64,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 2,
+    },
     "27B": {
         **_TEXT,
         "model_type": "qwen3_5_text",
