@@ -13,8 +13,7 @@ build, and how much GPU memory it took. MODEL is a directory, such as gpu_models
   gone. What two starts differ by, no number of rounds takes away: the interval of the report holds that of each start.
 - With `--one-process` all engines are in one process, built one after the other: a host that is slow for one process
   and not for another then slows all alike. The first engine's time and memory hold what later ones find done. Else each
-  has a process; stock starts first, so that the others find Triton's kernels tuned, then `auto`, which times what it
-  chooses from alone, then the others at once.
+  has a process; stock starts first, then `auto`, which times what it chooses from alone, then the others at once.
 - With `--cpus`, once all have started, all their threads run on those CPUs alone.
 - `no_kernel=VLLM_GDN_PLUGIN_DECODE_KERNEL=0` is `auto` with that setting.
 
@@ -62,8 +61,7 @@ from vllm_gdn_plugin.decide.plan import AUTO
 PROMPT_TOKENS = 8
 """Of the requests whose decode steps are timed."""
 SECONDS = 120
-"""Of measuring, beside what the engines take to start: on a fresh host with an H200, two of vLLM 0.33.0 were up after
-some 190 s, most of it Triton's tuning of the prefill's kernels."""
+"""Of measuring, beside what the engines take to start: some two minutes for two of vLLM 0.33.0 on a fresh host."""
 RESULT = "serve.json"
 BUILDS = "in_process.py builds "
 """Before the name of an engine, in the log of its process."""
@@ -72,10 +70,9 @@ VOCABULARY = 256
 HELPING = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
-    "TRITON_CACHE_AUTOTUNING": "1",
 }
-UNLESS_SET = {"VLLM_DISABLE_COMPILE_CACHE": "1"}
-"""vLLM keeps Triton's cache, with what was tuned, in its compile cache of each engine: without that, all share one."""
+UNLESS_SET = {"VLLM_TRITON_FORCE_FIRST_CONFIG": "1"}
+"""Triton tunes kernels of the prefill alone, which takes minutes: all engines take the first configuration."""
 
 
 @dataclass(frozen=True)

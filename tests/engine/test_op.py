@@ -131,6 +131,8 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
             )
 
         monkeypatch.setattr(dual_stream, "is_captured", lambda hidden_states: True)
+        monkeypatch.setattr(dual_stream, "prepare_aux_stream", lambda: True)
+        monkeypatch.setattr(dual_stream, "_thread", dual_stream._Thread())
         monkeypatch.setattr(dual_stream, "aux_stream", lambda: "the stream")
         monkeypatch.setattr(torch.cuda, "Event", event)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
@@ -276,6 +278,40 @@ def test_a_join_without_its_fork_runs_serially(
     assert done == []
     said = ["dual_stream runs serially in a CUDA graph: the compiler gave a join not what its fork was given"]
     assert [line[line.index("dual") :] for line in warnings] == (said if case == "a copy" else [])
+
+
+def test_a_thread_that_captures_before_it_has_run_a_layer_does_so_serially(
+    layers: Callable[..., list[Any]],
+    warnings: list[str],
+    capturing: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cuBLAS's workspace for the second stream would be memory of the graph, and used when that is gone."""
+    from vllm_gdn_plugin.run import dual_stream
+
+    layer = layers(1)[0]
+    x = torch.randn(TOKENS, HIDDEN)
+    done = capturing()
+    monkeypatch.setattr(dual_stream, "prepare_aux_stream", lambda: False)
+    with ThreadPoolExecutor(1) as thread:
+        outputs = thread.submit(project, layer, x).result()
+    assert all(torch.equal(one, other) for one, other in zip(outputs, serial(layer, x), strict=True))
+    assert done == []
+    (line,) = warnings
+    assert line.endswith("this thread captures a layer before it has run one")
+
+
+def test_what_is_timed_runs_outside_a_capture_without_a_word(
+    layers: Callable[..., list[Any]], warnings: list[str]
+) -> None:
+    """Once, before it is captured."""
+    from vllm_gdn_plugin.run.dual_stream import WAYS
+
+    layer = layers(1)[0]
+    x = torch.randn(TOKENS, HIDDEN)
+    for run in WAYS.values():
+        assert all(torch.equal(one, other) for one, other in zip(run(layer, x), serial(layer, x), strict=True))
+    assert warnings == []
 
 
 def test_a_fork_of_another_graph_is_not_waited_for(

@@ -1,13 +1,13 @@
-"""Generate with one model with stock vLLM and with each strategy, in one process: its kernels are tuned once.
+"""Generate with one model with stock vLLM and with each strategy, in one process.
 
-    python generate_all.py MODEL OUTPUT.json [--more decode auto] [--engine JSON] [--lengths N...]
-                                             [--spoken] [--forced] [--sleep OTHER_MODEL]
+    python generate_all.py MODEL OUTPUT.json ENGINE... [--arguments JSON] [--lengths N...] [--spoken] [--forced]
+                                                       [--sleep OTHER_MODEL]
 
-With what `--engine` adds to the arguments of vLLM's LLM. With `--more`, also with the decode kernel, and with what
-`auto` chooses; with `--spoken`, prompts are of the sentence that the model has learned; with `--forced`, every engine
-goes on with stock's tokens, whatever it would have said; with `--sleep`, each engine sleeps at level 2 after its
-answers, wakes, is given its weights again and asked again, then those of another model. With more ranks than one, each
-engine has worker processes of its own, which load the installed plugin, or don't.
+ENGINE is a name in SETTINGS. With what `--arguments` adds to those of vLLM's LLM. With `--spoken`, prompts are of the
+sentence that the model has learned; with `--forced`, every engine goes on with the first one's tokens, whatever it
+would have said; with `--sleep`, the engine sleeps at level 2 after its answers, wakes, is given its weights again and
+asked again, then those of another model. With more ranks than one, each engine has worker processes of its own, which
+load the installed plugin, or don't.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from vllm_gdn_plugin.decide import plan
 from vllm_gdn_plugin.settings import variable
 
 STEPS = 256
+BEST = 5
 DECODE_KERNEL = variable("decode_kernel")
 SETTINGS = {
     "stock": {PLUGINS: ""},
@@ -40,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--more", nargs="*", default=[], choices=["decode", "auto"])
-    parser.add_argument("--engine", type=json.loads, default={})
+    parser.add_argument("engines", nargs="+", choices=SETTINGS)
+    parser.add_argument("--arguments", type=json.loads, default={})
     parser.add_argument("--lengths", type=int, nargs="*", default=[3, 17, 40, 600, 700], help="of the prompts")
     parser.add_argument("--spoken", action="store_true")
     parser.add_argument("--forced", action="store_true")
@@ -50,14 +51,14 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     found: dict[str, Any] = {}
     joins, preempted = watch_joins(), watch_preemptions()
-    for name, settings in SETTINGS.items():
-        if name not in ("stock", "dual_stream", "fused", *options.more):
-            continue
-        switch_plugin(settings)  # for worker processes, too
+    forced = None
+    for name in options.engines:
+        switch_plugin(SETTINGS[name])  # for worker processes, too
         joins.clear()
         preempted.clear()
-        forced = [[token for token, _ in text] for text in found["stock"]["answers"]["first"]] if found else None
-        found[name] = run(options, forced if options.forced else None)
+        found[name] = run(options, forced)
+        if options.forced and not forced:
+            forced = [[token for token, _ in text] for text in found[name]["answers"]["first"]]
         found[name] |= {"joins": dict(joins), "preempted": len(preempted)}
         options.output.write_text(json.dumps(found))
 
@@ -126,7 +127,7 @@ def run(options: argparse.Namespace, forced: list[list[int]] | None) -> Any:
         "enable_sleep_mode": bool(options.sleep),
     }
     arguments |= {"enable_trace_replay": True} if options.forced else {}
-    llm = LLM(options.model, **arguments | options.engine)
+    llm = LLM(options.model, **arguments | options.arguments)
     prompts = prompts_for(options)
     answers = {"first": generate(llm, prompts, STEPS, forced)}
     if not options.forced:
@@ -165,10 +166,10 @@ def sleep(llm: Any) -> int:
 
 
 def generate(llm: Any, prompts: list[list[int]], steps: int, forced: list[list[int]] | None = None) -> Any:
-    """For each prompt the steps: each the token and the two best, with their log-probabilities."""
+    """For each prompt the steps: each the token and the best, with their log-probabilities."""
     from vllm import SamplingParams
 
-    common = {"temperature": 0, "max_tokens": steps, "ignore_eos": True, "detokenize": False, "logprobs": 2}
+    common = {"temperature": 0, "max_tokens": steps, "ignore_eos": True, "detokenize": False, "logprobs": BEST}
     sampling = [SamplingParams(**common) for _ in prompts]
     if forced:
         sampling = [SamplingParams(**common, trace_decode_token_ids=text) for text in forced]

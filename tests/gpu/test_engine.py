@@ -47,6 +47,8 @@ class Mode(NamedTuple):
 
 RUNNER = "VLLM_USE_V2_MODEL_RUNNER"
 """From 0.29 on the second is the one that vLLM takes on CUDA by itself."""
+REPEATABLE = {"TORCHINDUCTOR_DETERMINISTIC": "1", "VLLM_TRITON_FORCE_FIRST_CONFIG": "1"}
+"""Else Inductor and Triton choose by time what rounds differently, for each engine anew."""
 MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}, "enable_prefix_caching": False}
 LESS_WITH_MORE = {"num_speculative_tokens_per_batch_size": [[1, 2, 2], [3, 8, 1]]}
 MODES = {
@@ -63,7 +65,7 @@ MODES = {
     "preemption": Mode(
         engine={"num_gpu_blocks_override": 36, "enable_prefix_caching": False}, lengths=tuple(range(493, 501))
     ),
-    "experts": Mode(kind="qwen3_5_moe", forced=True),
+    "experts": Mode(kind="qwen3_5_moe", spoken=True, forced=True),
     "mtp": Mode(engine=MTP, spoken=True, no_kernel="with speculative decoding vLLM has a kernel of its own"),
     "mtp-dynamic": Mode((), MTP | {"speculative_config": MTP["speculative_config"] | LESS_WITH_MORE}),
     "mtp-runner-v1": Mode((), MTP, env={RUNNER: "0"}),
@@ -105,18 +107,23 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
         model = add_drafter(model, directory / "with_drafter")
     has_branch = released >= Version("0.28")  # of which the decode kernel takes the place
     more = [name for name in mode.more if has_branch or name != "decode"]
-    command = [sys.executable, HERE / "generate_all.py", model, directory / "generated.json"]
-    command += ["--more", *more, "--engine", json.dumps(mode.engine)]
-    command += ["--lengths", *map(str, mode.lengths)] if mode.lengths else []
-    command += ["--spoken"] * mode.spoken + ["--forced"] * mode.forced
+    names = ["stock", "dual_stream", "fused", *more]
+    options = ["--arguments", json.dumps(mode.engine), *["--spoken"] * mode.spoken, *["--forced"] * mode.forced]
+    options += ["--lengths", *map(str, mode.lengths)] if mode.lengths else []
+    groups = [names]
     if name == "sleep":
-        command += ["--sleep", make_model(mode.kind, directory / "other", seed=1)]
-    env = os.environ | {RUNNER: "1" if released >= Version("0.29") else "0"} | mode.env
-    with (directory / "log").open("wb") as log:
-        failed = subprocess.run(command, cwd=directory, env=env, stdout=log, stderr=log).returncode
-    text = (directory / "log").read_text(errors="replace")
-    assert not failed, text[-6000:]
-    return Generated(name, json.loads((directory / "generated.json").read_text()), text)
+        options += ["--sleep", str(make_model(mode.kind, directory / "other", seed=1))]
+        groups = [[name] for name in names]  # the allocator that can give memory back serves one engine of a process
+    env = os.environ | REPEATABLE | {RUNNER: "1" if released >= Version("0.29") else "0"} | mode.env
+    found: dict[str, Any] = {}
+    for group in groups:
+        command = [sys.executable, HERE / "generate_all.py", model, directory / "generated.json", *group, *options]
+        with (directory / "log").open("ab") as log:
+            failed = subprocess.run(command, cwd=directory, env=env, stdout=log, stderr=log).returncode
+        text = (directory / "log").read_text(errors="replace")
+        assert not failed, text[-6000:]
+        found |= json.loads((directory / "generated.json").read_text())
+    return Generated(name, found, text)
 
 
 def strategies(generated: Generated) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -165,8 +172,8 @@ def compare(ours: list[Any], theirs: list[Any]) -> int:
     for step, ((token, best), (stock_token, stock_best)) in enumerate(zip(ours, theirs, strict=True)):
         assert best[0][0] == pytest.approx(stock_best[0][0], abs=ROUNDING), f"step {step}"
         if token != stock_token:
-            assert stock_best[0][0] - stock_best[1][0] < TIE, f"step {step}: another token, and no tie"
-            assert token == stock_best[1][1], f"step {step}"
+            near = [other for logprob, other in stock_best if stock_best[0][0] - logprob < TIE]
+            assert token in near, f"step {step}: another token, and no tie"
             return step
     return len(theirs)
 
@@ -260,11 +267,18 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
-def test_compiled_artifacts_do_not_grow_with_the_layers(artifacts: list[dict[str, Any]], strategy: str) -> None:
-    """dual_stream's fork and join lie within a piece, so that there are as many pieces as stock has."""
+def test_there_are_as_many_compiled_artifacts_as_in_stock(artifacts: list[dict[str, Any]], strategy: str) -> None:
+    """dual_stream's fork and join lie within a piece, so that there are as many pieces as stock has: 6 and 8 of vLLM
+    0.33, which has one for each that differs."""
     first, second = artifacts
     print(json.dumps(artifacts))
-    assert first["8"][strategy] == first["16"][strategy] == first["8"]["stock"] == first["16"]["stock"]
-    assert second["8"][strategy] == second["16"][strategy] == second["8"]["stock"] == second["16"]["stock"]
-    assert first["8"][strategy]["num_compiled_artifacts_saved"] > 0
-    assert second["8"][strategy]["num_compiled_artifacts_saved"] == 0, "what the first start has saved serves"
+    for layers in ("8", "16"):
+        assert first[layers][strategy] == first[layers]["stock"]
+        assert second[layers][strategy] == second[layers]["stock"]
+        assert second[layers][strategy]["num_compiled_artifacts_saved"] == 0, "what the first start has saved serves"
+    assert (
+        0
+        < first["8"][strategy]["num_compiled_artifacts_saved"]
+        <= first["16"][strategy]["num_compiled_artifacts_saved"]
+        < 16
+    )

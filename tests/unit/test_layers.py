@@ -308,9 +308,11 @@ def test_a_captured_call_overlaps_unless_it_is_large_or_timed_slower_or_its_capt
     layer.gdn.ways = ways
     capture = SimpleNamespace(is_active=lambda: breakable)
     sys.modules["vllm.compilation.breakable_cudagraph"] = SimpleNamespace(BreakableCUDAGraphCapture=capture)  # type: ignore[assignment]
-    fork = importlib.import_module("vllm_gdn_plugin.run.dual_stream").fork
+    dual_stream = importlib.import_module("vllm_gdn_plugin.run.dual_stream")
+    dual_stream.is_captured = lambda hidden_states: True
+    dual_stream._thread.is_prepared = True
     hidden_states = SimpleNamespace(size=lambda i: tokens, data_ptr=lambda: 7)
-    assert (fork(layer, hidden_states) is not None) == overlaps
+    assert (dual_stream.fork(lambda: layer, hidden_states) is not None) == overlaps
     assert plugin.said == []
 
 

@@ -21,17 +21,20 @@ def unchanged_stream() -> Iterator[None]:
         _current_stream_tls.value = known
 
 
-def prepare_aux_stream() -> None:
-    """Have this thread's cuBLAS allocate its workspace for the auxiliary stream, outside a capture.
+def prepare_aux_stream() -> bool:
+    """Have this thread's cuBLAS allocate its workspace for the auxiliary stream. Answers whether it could.
 
-    One that is allocated within a capture belongs to the graphs' memory pool, and outlives the graphs there: a pool
-    that is still in use when its owner has given it up fails the next capture.
+    Not within a capture: what is allocated there belongs to the graph's memory. cuBLAS would go on using it when the
+    graph is gone, and the GPU reads what is no longer there.
     """
     import torch
     from vllm.utils.torch_utils import aux_stream
 
+    if not torch.cuda.is_initialized() or torch.version.hip or torch.cuda.is_current_stream_capturing():
+        return False
     with unchanged_stream(), torch.cuda.stream(aux_stream()):
         torch.cuda.current_blas_handle()
+    return True
 
 
 def cuda_graphs_exist() -> bool:

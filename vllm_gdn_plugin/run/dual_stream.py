@@ -20,7 +20,7 @@ from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, aux_stream
 
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL
 from vllm_gdn_plugin.host.layers import layer_by_name
-from vllm_gdn_plugin.host.streams import breakable_capture, is_captured
+from vllm_gdn_plugin.host.streams import breakable_capture, is_captured, prepare_aux_stream
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 MOST_TOKENS = 1024
@@ -42,12 +42,16 @@ class Fork(NamedTuple):
     """Recorded behind ``in_proj_ba``."""
 
 
-class _Open(threading.local):
-    fork: Fork | None = None
+class _Thread(threading.local):
+    """What a thread has of its own. Its first call makes it: as vLLM runs a step before it captures one, that is when
+    cuBLAS's workspace can still be allocated."""
+
+    def __init__(self) -> None:
+        self.fork: Fork | None = None  # that has not been joined yet
+        self.is_prepared = prepare_aux_stream()
 
 
-_open = _Open()
-"""The fork of this thread that has not been joined yet."""
+_thread = _Thread()
 
 
 def project_side_by_side(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +77,7 @@ def gdn_in_proj_fork(hidden_states: torch.Tensor, layer_name: LayerNameType) -> 
     A failure to find the layer passes through, as in vLLM's own GDN op, which looks it up in the same way. Should
     anything else fail, the projections run serially, and a line says why once.
     """
-    _open.fork = fork(layer_by_name(layer_name), hidden_states) if is_captured(hidden_states) else None
+    _thread.fork = fork(lambda: layer_by_name(layer_name), hidden_states)
 
 
 def gdn_in_proj_join(
@@ -99,7 +103,7 @@ def gdn_in_proj_join(
     What the projection raises, an out-of-memory say, passes through; so does a failure to find the layer. Should the
     auxiliary stream not get to the fork, or the fork be of another tensor, the call does without, and a line says why.
     """
-    forked, _open.fork = _open.fork, None
+    forked, _thread.fork = _thread.fork, None
     if forked is not None and forked.address != hidden_states.data_ptr():
         warn_once(RAN_SERIALLY, "the compiler gave a join not what its fork was given")
         forked = None
@@ -108,15 +112,21 @@ def gdn_in_proj_join(
     return join(forked, lambda: layer_by_name(layer_name).in_proj_ba(hidden_states)[0])
 
 
-def fork(layer: Any, hidden_states: torch.Tensor) -> Fork | None:
+def fork(find_layer: Callable[[], Any], hidden_states: torch.Tensor) -> Fork | None:
     """The fork of a call that is captured and overlaps; none for one that runs serially, also where this fails.
 
     Events made here cost nothing at replay and are shared with nobody. A breakable capture cannot record a fork and a
     join across its breaks.
     """
+    is_prepared = _thread.is_prepared
+    if not is_captured(hidden_states):
+        return None
+    layer = find_layer()
     try:
         if breakable_capture() or not layer.gdn.overlaps(hidden_states.size(0)):
             return None
+        if not is_prepared:
+            raise RuntimeError("this thread captures a layer before it has run one")
         forked = Fork(hidden_states.data_ptr(), aux_stream(), torch.cuda.Event(), torch.cuda.Event())
         forked.reached.record()
         return forked
@@ -147,7 +157,7 @@ def join(forked: Fork | None, work: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 def side_by_side(layer: Any, hidden_states: torch.Tensor) -> object:
     """What a captured layer does where it overlaps, for the timer."""
-    forked = fork(layer, hidden_states)
+    forked = fork(lambda: layer, hidden_states)
     qkvz = layer.in_proj_qkvz(hidden_states)[0]
     return qkvz, join(forked, lambda: layer.in_proj_ba(hidden_states)[0])
 
