@@ -131,7 +131,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
             )
 
         monkeypatch.setattr(dual_stream, "is_captured", lambda hidden_states: True)
-        monkeypatch.setattr(dual_stream, "prepare_aux_stream", lambda: True)
+        monkeypatch.setattr(dual_stream._Thread, "is_prepared", True)
         monkeypatch.setattr(dual_stream, "_thread", dual_stream._Thread())
         monkeypatch.setattr(dual_stream, "aux_stream", lambda: "the stream")
         monkeypatch.setattr(torch.cuda, "Event", event)
@@ -292,13 +292,29 @@ def test_a_thread_that_captures_before_it_has_run_a_layer_does_so_serially(
     layer = layers(1)[0]
     x = torch.randn(TOKENS, HIDDEN)
     done = capturing()
-    monkeypatch.setattr(dual_stream, "prepare_aux_stream", lambda: False)
+    monkeypatch.setattr(dual_stream._Thread, "is_prepared", False)
     with ThreadPoolExecutor(1) as thread:
         outputs = thread.submit(project, layer, x).result()
     assert all(torch.equal(one, other) for one, other in zip(outputs, serial(layer, x), strict=True))
     assert done == []
     (line,) = warnings
     assert line.endswith("this thread captures a layer before it has run one")
+
+
+def test_the_first_call_of_a_thread_prepares_it(
+    layers: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the import: CUDA may not be up by then."""
+    from vllm_gdn_plugin.run import dual_stream
+
+    layer = layers(1)[0]
+    prepared: list[bool] = []
+    monkeypatch.setattr(dual_stream, "_thread", dual_stream._Thread())
+    monkeypatch.setattr(dual_stream, "prepare_aux_stream", lambda: prepared.append(True) or True)
+    for _ in range(2):
+        project(layer, torch.randn(TOKENS, HIDDEN))
+    assert prepared == [True]
+    assert dual_stream._thread.is_prepared
 
 
 def test_what_is_timed_runs_outside_a_capture_without_a_word(

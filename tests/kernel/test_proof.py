@@ -106,10 +106,11 @@ def test_not_trusted_where_the_host_computes_something_else() -> None:
 def test_the_norm_beside_the_kernel_is_proven_too(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm_gdn_plugin.run import gated_norm, proof
 
-    real = gated_norm.gated_norm
-    monkeypatch.setattr(
-        gated_norm, "gated_norm", lambda core, gate, weight, eps, sigmoid: real(core, gate, weight, 1.0, sigmoid)
-    )
+    class Wrong(gated_norm.GatedNorm):
+        def __init__(self, eps: float, sigmoid: bool) -> None:
+            super().__init__(1.0, sigmoid)
+
+    monkeypatch.setattr(gated_norm, "GatedNorm", Wrong)
     reason = proof.why_wrong(Stock, make_layer(torch.float32, None))
     assert reason is not None
     assert reason.startswith("the norm beside it differs")

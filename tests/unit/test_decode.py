@@ -9,7 +9,7 @@ import pytest
 
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.decide.decode import DecodeFacts, why_no_kernel
-from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
+from vllm_gdn_plugin.decide.decode_contract import TAKE_ROWS_OF_ANY_STRIDE, why_no_decode_kernel
 
 QWEN3_5 = DecodeFacts("cuda")
 
@@ -130,6 +130,7 @@ HELPERS = {
     "vllm.forward_context": "class ForwardContext:\n    attn_metadata: object\n    cudagraph_runtime_mode: object\n",
     "vllm.model_executor.layers.mamba.mamba_utils": "def is_conv_state_dim_first(): ...\n",
 }
+STRIDED = {module: f"def launch(a):\n    return {shown}\n" for module, shown in TAKE_ROWS_OF_ANY_STRIDE.items()}
 
 BREACHES = {
     "an older vLLM": ("def _forward_core_fused_norm_packed", "def _other", "no packed branch"),
@@ -159,7 +160,7 @@ def sources(tmp_path: Path) -> Callable[..., Path]:
 
     def write(layer: str = LAYER, metadata: str = METADATA) -> Path:
         own = {next(iter(GDN_CLASSES)): layer, "vllm.v1.attention.backends.gdn_attn": metadata}
-        for module, text in (HELPERS | own).items():
+        for module, text in (HELPERS | STRIDED | own).items():
             file = tmp_path.joinpath(*module.split(".")).with_suffix(".py")
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
@@ -191,6 +192,15 @@ def test_a_helper_that_is_gone_is_named(sources: Callable[..., Path], tmp_path: 
     package = sources()
     tmp_path.joinpath(*module.split(".")).with_suffix(".py").write_text("")
     assert f"there is no {module}." in (why_no_decode_kernel(package) or "")
+
+
+@pytest.mark.parametrize("module", STRIDED)
+def test_a_kernel_that_may_want_contiguous_rows_is_named(
+    sources: Callable[..., Path], tmp_path: Path, module: str
+) -> None:
+    package = sources()
+    tmp_path.joinpath(*module.split(".")).with_suffix(".py").write_text("def launch(a): ...\n")
+    assert why_no_decode_kernel(package) == f"{module} does not take b and a with rows of any stride"
 
 
 def test_sources_that_cannot_be_read(sources: Callable[..., Path], tmp_path: Path) -> None:

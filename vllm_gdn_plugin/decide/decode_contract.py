@@ -37,6 +37,14 @@ HELPERS = {
 }
 """What the kernel's side calls in vLLM, besides the layer and what the projections call."""
 
+OPS = "vllm.third_party.flash_linear_attention.ops"
+TAKE_ROWS_OF_ANY_STRIDE = {
+    f"{OPS}.fused_gdn_prefill_post_conv": "a.stride(0)",
+    f"{OPS}.fused_sigmoid_gating": "a.contiguous()",
+    f"{OPS}.fused_recurrent": "a.stride(0)",
+}
+"""What ``_forward_core`` hands b and a to, which are columns of one tensor here, and what shows that it may."""
+
 METADATA = ("spec_sequence_masks", "num_prefills", "num_decodes", "num_actual_tokens", "non_spec_state_indices_tensor")
 METADATA_MODULE = "vllm.v1.attention.backends.gdn_attn"
 
@@ -52,9 +60,9 @@ def why_no_decode_kernel(package: "Traversable") -> str | None:
         if len(classes) != 1:
             return f"there is not one class {GDN_CLASSES[module]}"
         breach = next(_breaches(classes[0], tree, parse(package, METADATA_MODULE)), None)
-        return breach or next(missing_helpers(package, HELPERS), None)
+        return breach or next(missing_helpers(package, HELPERS), None) or next(_need_copies(package), None)
     except UNREADABLE as error:
-        return f"the source of {module} or {METADATA_MODULE} cannot be read: {type(error).__name__}"
+        return f"the source of {module} or of what it calls cannot be read: {type(error).__name__}"
 
 
 def _breaches(layer: ast.ClassDef, module: ast.Module, metadata: ast.Module) -> Iterator[str]:
@@ -80,6 +88,12 @@ def _breaches(layer: ast.ClassDef, module: ast.Module, metadata: ast.Module) -> 
         yield f"{DECODE} does not find conv state and recurrent state in kv_cache as expected"
     fields = {ast.unparse(n.target) for n in ast.walk(metadata) if isinstance(n, ast.AnnAssign)}
     yield from (f"GDNAttentionMetadata has no {name}" for name in METADATA if name not in fields)
+
+
+def _need_copies(package: "Traversable") -> Iterator[str]:
+    for module, shown in TAKE_ROWS_OF_ANY_STRIDE.items():
+        if shown not in ast.unparse(parse(package, module)):
+            yield f"{module} does not take b and a with rows of any stride"
 
 
 def _takes_packed_branch(forward: ast.FunctionDef) -> bool:

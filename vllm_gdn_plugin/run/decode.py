@@ -3,8 +3,9 @@
 vLLM 0.28 and later have in ``forward_cuda`` a branch whose op calls ``_forward_core_fused_norm_packed``, and then
 ``out_proj``. The plugin takes that branch, overrides that method (:func:`run_core`) and puts an op of its own before
 ``out_proj`` (``gdn_gated_norm``). For a batch that only decodes, the method runs the kernel, which also normalises, and
-the op has nothing to do. For all else the method runs vLLM's own code without the norm, and the op normalises. So a
-prefill pays no more launches than in vLLM's other branch, and in piecewise CUDA graphs the op's kernel is captured.
+the op has nothing to do. For all else the method runs vLLM's own code without the norm, and the op normalises: in
+piecewise CUDA graphs its kernel is captured. A prefill waits for the CPU, so what runs in one does as little as it can;
+b and a go to vLLM's code as they are, columns of one tensor, which its other branch copies.
 """
 
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ class Decode:
     """By captured number of tokens the faster of kernel and stock, where these were timed."""
     counters: torch.Tensor | None = None
     """int32, zeros between two launches: each launch leaves them so. They serve one launch at a time."""
+    norm: Any = None
+    """The :class:`vllm_gdn_plugin.run.gated_norm.GatedNorm` of this layer, from the first step on."""
     normalised: bool = False
     """What this step's core has given is normalised: there is nothing left for ``gdn_gated_norm``."""
     broken: bool = False
@@ -70,9 +73,9 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
         stock._forward_core_fused_norm_packed(layer, mixed_qkvz, ba, core_attn_out)
         return
     b, a = layer.split_ba(ba)
-    tokens = metadata.num_actual_tokens
-    decodes_only = metadata.spec_sequence_masks is None and not metadata.num_prefills and metadata.num_decodes
-    if decodes_only and decode.takes(tokens) and not in_piecewise_graph():
+    decodes_only = not metadata.num_prefills and metadata.num_decodes and metadata.spec_sequence_masks is None
+    if decodes_only and decode.takes(metadata.num_actual_tokens) and not in_piecewise_graph():
+        tokens = metadata.num_actual_tokens
         try:
             run_kernel(
                 layer,
@@ -89,8 +92,8 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
         except Exception as error:
             decode.broken = True
             warn_once("the decode kernel failed and is left out", unexpected(error))
-    b, a = torch.stack((b, a))  # contiguous, by one kernel
-    layer._forward_core(mixed_qkvz[:, : layer.conv1d.weight.shape[0]], b, a, core_attn_out)
+    _, value_heads, dim = core_attn_out.shape
+    layer._forward_core(mixed_qkvz[:, : mixed_qkvz.shape[1] - value_heads * dim], b, a, core_attn_out)
 
 
 def new_counters(layer: Any, core_attn_out: torch.Tensor) -> torch.Tensor:
@@ -153,10 +156,12 @@ def gdn_gated_norm(core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor, layer_
 
 def normalise(layer: Any, core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor) -> None:
     """The layer's gated norm, in place; see :func:`gdn_gated_norm`."""
-    from vllm_gdn_plugin.run.gated_norm import gated_norm  # needs Triton
+    decode, norm = layer.gdn.decode, layer.norm
+    if decode.norm is None:
+        from vllm_gdn_plugin.run.gated_norm import GatedNorm  # needs Triton
 
-    gate = mixed_qkvz[:, mixed_qkvz.shape[1] - core_attn_out.shape[1] :]
-    gated_norm(core_attn_out, gate, layer.norm.weight, layer.norm.eps, layer.norm.activation == "sigmoid")
+        decode.norm = GatedNorm(norm.eps, norm.activation == "sigmoid")
+    decode.norm(core_attn_out, mixed_qkvz, norm.weight)
 
 
 def _fake_norm(core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor, layer_name: LayerNameType) -> None:

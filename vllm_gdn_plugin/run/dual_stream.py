@@ -43,12 +43,10 @@ class Fork(NamedTuple):
 
 
 class _Thread(threading.local):
-    """What a thread has of its own. Its first call makes it: as vLLM runs a step before it captures one, that is when
-    cuBLAS's workspace can still be allocated."""
-
-    def __init__(self) -> None:
-        self.fork: Fork | None = None  # that has not been joined yet
-        self.is_prepared = prepare_aux_stream()
+    fork: Fork | None = None
+    """Not joined yet."""
+    is_prepared: bool = False
+    """cuBLAS has its workspace for the auxiliary stream."""
 
 
 _thread = _Thread()
@@ -118,14 +116,14 @@ def fork(find_layer: Callable[[], Any], hidden_states: torch.Tensor) -> Fork | N
     Events made here cost nothing at replay and are shared with nobody. A breakable capture cannot record a fork and a
     join across its breaks.
     """
-    is_prepared = _thread.is_prepared
-    if not is_captured(hidden_states):
+    if not is_captured(hidden_states):  # vLLM runs a step before it captures one
+        _thread.is_prepared = _thread.is_prepared or prepare_aux_stream()
         return None
     layer = find_layer()
     try:
         if breakable_capture() or not layer.gdn.overlaps(hidden_states.size(0)):
             return None
-        if not is_prepared:
+        if not _thread.is_prepared:
             raise RuntimeError("this thread captures a layer before it has run one")
         forked = Fork(hidden_states.data_ptr(), aux_stream(), torch.cuda.Event(), torch.cuda.Event())
         forked.reached.record()

@@ -4,6 +4,8 @@ vLLM has this norm in its compiled graph, and a function of its own for its pack
 slow CPU's time at each call, which a prefill outside of CUDA graphs has to wait for.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,15 +13,19 @@ import triton.language as tl
 HEADS = 4
 """Heads of a program."""
 
+ALIGNED = 16
+"""Bytes. Triton compiles for pointers that are multiples of it, or are not."""
+
 
 @triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
 def _norm(  # type: ignore[no-untyped-def]
     core,
-    gate,
+    mixed,
     weight,
     heads,
-    gate_stride,
+    row_stride,
     eps,
+    GATE: tl.constexpr,  # column of the first gate
     HV: tl.constexpr,
     DIM: tl.constexpr,
     HEADS: tl.constexpr,
@@ -30,37 +36,47 @@ def _norm(  # type: ignore[no-untyped-def]
     there = (head < heads)[:, None]
     place = core + head[:, None] * DIM + column[None, :]
     x = tl.load(place, mask=there, other=0.0).to(tl.float32)
-    z = tl.load(gate + (head // HV * gate_stride + head % HV * DIM)[:, None] + column[None, :], mask=there, other=0.0)
-    z = z.to(tl.float32)
+    gate = mixed + (head // HV * row_stride + GATE + head % HV * DIM)[:, None] + column[None, :]
+    z = tl.load(gate, mask=there, other=0.0).to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
     x *= tl.load(weight + column).to(tl.float32)[None, :]
     x *= tl.sigmoid(z) if SIGMOID else z * tl.sigmoid(z)
     tl.store(place, x.to(core.dtype.element_ty), mask=there)
 
 
-def gated_norm(core: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float, sigmoid: bool) -> None:
+class GatedNorm:
     """``core = core / rms(core) * weight * act(gate)`` for each head, in float32, in place.
 
     Args:
-        core: (num_tokens, heads * dim), contiguous.
-        gate: (num_tokens, heads * dim), rows of any stride.
-        weight: (dim,), dim a power of two.
         eps: added to the mean of squares.
         sigmoid: whether act is the sigmoid; else it is SiLU.
     """
-    num_tokens, size = core.shape
-    dim = weight.shape[0]
-    heads = num_tokens * (size // dim)
-    _norm[(triton.cdiv(heads, HEADS),)](
-        core,
-        gate,
-        weight,
-        heads,
-        gate.stride(0),
-        eps,
-        HV=size // dim,
-        DIM=dim,
-        HEADS=HEADS,
-        SIGMOID=sigmoid,
-        num_warps=HEADS,
-    )
+
+    def __init__(self, eps: float, sigmoid: bool) -> None:
+        self.eps, self.sigmoid = eps, sigmoid
+        self.compiled: Any = None
+        """The kernel of the last call, to launch it anew: that takes a fraction of the CPU's time in which Triton finds
+        it. In a layer's calls nothing differs that it was compiled for, but perhaps :attr:`kind`."""
+        self.kind: tuple[int, int] | None = None
+
+    def __call__(self, core: torch.Tensor, mixed: torch.Tensor, weight: torch.Tensor) -> None:
+        """Run it.
+
+        Args:
+            core: (num_tokens, heads * dim), contiguous.
+            mixed: (num_tokens, any + heads * dim), the gate in its last columns; rows of any stride.
+            weight: (dim,), dim a power of two.
+        """
+        num_tokens, size = core.shape
+        dim = weight.shape[0]
+        heads = num_tokens * (size // dim)
+        row_stride = mixed.stride(0)
+        gate = mixed.shape[1] - size
+        arguments = (core, mixed, weight, heads, row_stride, self.eps, gate, size // dim, dim, HEADS, self.sigmoid)
+        grid = (triton.cdiv(heads, HEADS), 1, 1)
+        is_aligned = (core.data_ptr() | mixed.data_ptr() | weight.data_ptr()) % ALIGNED == 0
+        kind = (row_stride, gate) if is_aligned else None
+        if self.compiled is not None and kind is not None and kind == self.kind:
+            self.compiled[grid](*arguments)
+        else:
+            self.compiled, self.kind = _norm[grid](*arguments, num_warps=HEADS), kind

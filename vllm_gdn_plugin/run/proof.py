@@ -64,7 +64,7 @@ class ScratchLayer:
     def decode_by_vllm(self, stock: Any, state_indices: torch.Tensor, out: torch.Tensor, norm: bool = True) -> None:
         """What a layer with the kernel runs where it is slower: vLLM's two kernels, and the norm of the plugin."""
         n = len(state_indices)
-        b, a = torch.stack(self.ba[:n].chunk(2, dim=-1))
+        b, a = self.ba[:n].chunk(2, dim=-1)
         metadata = SimpleNamespace(num_actual_tokens=n, non_spec_state_indices_tensor=state_indices)
         qkv = self.qkvz[:n, : self.conv1d.weight.shape[0]]
         stock._forward_core_decode_non_spec(
