@@ -4,13 +4,19 @@ import os
 import sys
 from collections.abc import Mapping
 
-from vllm_gdn_plugin.bench.engine.variants import STRATEGY
+from vllm_gdn_plugin.bench.engine.variants import PLUGINS, STRATEGY
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.host import imports, layers, process
 from vllm_gdn_plugin.install import compile_factors, register
 from vllm_gdn_plugin.settings import PREFIX, read_settings
 
-BEFORE = {name: value for name, value in os.environ.items() if name.startswith(PREFIX)}
+
+def _settings() -> dict[str, str]:
+    """What vLLM and the plugin read at an engine's start, also in worker processes."""
+    return {name: value for name, value in os.environ.items() if name == PLUGINS or name.startswith(PREFIX)}
+
+
+BEFORE = _settings()
 """What the process was started with, for all engines."""
 
 
@@ -22,7 +28,7 @@ def switch_plugin(variables: Mapping[str, str]) -> None:
     for module, name in GDN_CLASSES.items():
         if module in sys.modules:
             layers.withdraw_from(getattr(sys.modules[module], name))
-    for name in [name for name in os.environ if name.startswith(PREFIX)]:
+    for name in _settings():
         del os.environ[name]  # what an earlier engine was built with must not reach this one
     os.environ.update({**BEFORE, **variables})
     if STRATEGY in variables:

@@ -1,7 +1,7 @@
 """The kernel proves itself: it is trusted where a host that computes the same agrees, and nowhere else."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -114,3 +114,36 @@ def test_the_norm_beside_the_kernel_is_proven_too(monkeypatch: pytest.MonkeyPatc
     reason = proof.why_wrong(Stock, make_layer(torch.float32, None))
     assert reason is not None
     assert reason.startswith("the norm beside it differs")
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 6])
+def test_whatever_is_timed_reads_its_slots_at_multiples_of_16_bytes(
+    tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or Triton would compile every kernel for other addresses, while it is timed."""
+    from vllm_gdn_plugin.run import proof, timing
+
+    layer = make_layer(torch.float32, None)
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(proof.ScratchLayer, "decode_by_kernel", lambda scratch, indices, out: given.append(indices))
+    monkeypatch.setattr(
+        proof.ScratchLayer, "decode_by_vllm", lambda scratch, stock, indices, out: given.append(indices)
+    )
+    monkeypatch.setattr(timing, "SCRATCH_BYTES", 40 * HEADS * DIM * DIM * 4)
+    monkeypatch.setattr(timing, "decode_case", lambda *args: None)
+    monkeypatch.setattr(timing, "settled", lambda case, sizes, measure: (measure(list(sizes)), ""))
+
+    def timed(works: Any, sizes: list[int], token_bytes: int) -> dict[int, Any]:
+        given.clear()
+        for steps in works(tokens).values():
+            assert len(steps) > 1
+            for step in steps:
+                step()
+        return {}
+
+    monkeypatch.setattr(timing, "timed", timed)
+    timing.decode_ways_of(Stock, layer, cast("Any", None), [tokens])
+    assert {len(indices) for indices in given} == {tokens}
+    assert [indices.data_ptr() % 16 for indices in given] == [0] * len(given)
+    slots = torch.stack(given[: len(given) // 2])
+    assert sorted(slots.flatten().tolist()) == list(range(1, slots.numel() + 1)), "each has slots of its own"

@@ -163,7 +163,9 @@ def decode_ways_of(stock: Any, layer: Any, facts: DecodeFacts, sizes: Sequence[i
 
         def works(tokens: int) -> Mapping[str, Sequence[Any]]:
             turns = min(CudaTimer.min_layers, slots // tokens)
-            each = 1 + torch.arange(turns * tokens, dtype=torch.int32, device=out.device).view(turns, tokens)
+            numbers = 1 + torch.arange(turns * tokens, dtype=torch.int32, device=out.device).view(turns, tokens)
+            # Each row at an address that is a multiple of 16: for another Triton would compile all of it once more.
+            each = torch.nn.functional.pad(numbers, (0, -tokens % 4))[:, :tokens]
             return {
                 KERNEL: [partial(scratch.decode_by_kernel, indices, out) for indices in each],
                 STOCK: [partial(scratch.decode_by_vllm, stock, indices, out) for indices in each],
