@@ -118,6 +118,7 @@ def run(options: argparse.Namespace, forced: list[list[int]] | None) -> Any:
         "max_model_len": 1024,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 640,  # so that some prompts come in chunks, beside the decode of others
+        "async_scheduling": False,  # else what is batched together may depend on the time that a step takes
         "gpu_memory_utilization": 0.01,  # asked of the GPU's free memory, but not used where the next one is given
         "kv_cache_memory_bytes": 1 << 30,
         "attention_backend": "FLASH_ATTN",

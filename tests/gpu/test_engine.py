@@ -53,7 +53,7 @@ MTP = {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}, "en
 LESS_WITH_MORE = {"num_speculative_tokens_per_batch_size": [[1, 2, 2], [3, 8, 1]]}
 MODES = {
     "graphs": Mode(("decode", "auto")),
-    "spoken": Mode(("decode", "auto"), spoken=True),
+    "spoken": Mode(("decode", "auto"), {"async_scheduling": True}, spoken=True),
     "piecewise": Mode(
         engine={"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, no_kernel="cudagraph_mode PIECEWISE"
     ),
@@ -133,6 +133,10 @@ def strategies(generated: Generated) -> Iterator[tuple[str, dict[str, Any]]]:
 def test_dual_stream_gives_the_same_bits(generated: Generated) -> None:
     if generated.mode.startswith("tp2"):
         pytest.skip("each engine has processes of its own, which tune their kernels each for themselves")
+    if MODES[generated.mode].engine.get("async_scheduling"):
+        pytest.skip("what is batched together may depend on the time that a step takes")
+    if generated.mode == "mixed":
+        pytest.skip("stock's graph fuses norm and quantisation, without the rounding that lies between the two here")
     assert generated.found["dual_stream"]["answers"] == generated.found["stock"]["answers"]
 
 
