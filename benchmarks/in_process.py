@@ -12,8 +12,9 @@ build, and how much GPU memory it took. MODEL is a directory, such as gpu_models
 - With `--starts 2` all of that is done twice: engines of each, `off-2` and so on, are built anew when the first are
   gone. What two starts differ by, no number of rounds takes away: the interval of the report holds that of each start.
 - With `--one-process` all engines are in one process, built one after the other: a host that is slow for one process
-  and not for another then slows all alike. The first engine's time and memory hold what later ones find done. Else each
-  has a process; stock starts first, then `auto`, which times what it chooses from alone, then the others at once.
+  and not for another then slows all alike. Nothing is said of start-up and memory then, since the first engine's hold
+  what later ones find done. Else each has a process; stock starts first, then `auto`, which times what it chooses from
+  alone, then the others at once.
 - With `--cpus`, once all have started, all their threads run on those CPUs alone.
 - `no_kernel=VLLM_GDN_PLUGIN_DECODE_KERNEL=0` is `auto` with that setting.
 
@@ -264,7 +265,8 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
                         run.verified[name] = verified(name, stock, found)
                     if line := require_at_work(name, this.log()):
                         run.said[name] = line
-                    run.add(run.rounds, name, START, this.ask({"about": True}))
+                    if not options.one_process:
+                        run.add(run.rounds, name, START, this.ask({"about": True}))
                 known |= started
             for case in cases:  # each once, untimed
                 ran = [this.ask(vars(case) | {"seed": 0, "repeat": 1}) for this in known.values()]

@@ -35,7 +35,7 @@ def kept_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def leaves_no_trace(vllm_config: Any) -> Callable[[], None]:
-    """What was there before; called, it asserts that it is so again."""
+    """Called, it notes what is there; called again, it asserts that it is so again."""
     import torch
     from vllm.utils import torch_utils
 
@@ -44,23 +44,20 @@ def leaves_no_trace(vllm_config: Any) -> Callable[[], None]:
     torch.cuda.empty_cache()
     torch.cuda.synchronize()
     graphs_exist = cuda_graphs_exist()
-    random = torch.cuda.get_rng_state()
-    stream, known = torch.cuda.current_stream(), getattr(torch_utils._current_stream_tls, "value", None)
-    held: list[int] = []
+    noted: list[tuple[Any, ...]] = []
 
     def check() -> None:
         torch.cuda.empty_cache()
         torch.cuda.synchronize()
-        assert torch.equal(torch.cuda.get_rng_state(), random), "or the engine would sample other tokens than stock"
-        assert torch.cuda.current_stream() == stream
-        assert getattr(torch_utils._current_stream_tls, "value", None) is known, (
-            "or vLLM would take no stream of its own"
-        )
+        known = getattr(torch_utils._current_stream_tls, "value", None)
         reserved = torch.cuda.memory_reserved()  # not what CUDA has taken: it loads kernels when they are first called
-        if held:
-            # The auxiliary stream's, and without graphs of other tests the current stream's was given back instead.
-            assert reserved - held[0] <= WORKSPACE * (1 + graphs_exist) + A_LITTLE
-        held.append(reserved)
+        noted.append((torch.cuda.get_rng_state(), torch.cuda.current_stream(), known, reserved))
+        (random, stream, *others), (random_now, stream_now, *others_now) = noted[0], noted[-1]
+        assert torch.equal(random_now, random), "or the engine would sample other tokens than stock"
+        assert stream_now == stream
+        assert others_now[0] is others[0], "or vLLM would take no stream of its own"
+        # The auxiliary stream's, and without graphs of other tests the current stream's was given back instead.
+        assert others_now[1] - others[1] <= WORKSPACE * (1 + graphs_exist) + A_LITTLE
 
     return check
 

@@ -316,7 +316,8 @@ def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(
 def test_engines_of_a_further_start_are_stepped_after_the_first(stepped: Callable[..., Any]) -> None:
     apart, asked_apart = stepped(starts=2, cpus=(1, 3))
     run, asked = stepped(starts=2, cpus=(1, 3), one_process=True)
-    assert (asked, run.samples) == (asked_apart, apart.samples)
+    assert asked == asked_apart
+    assert run.samples == [sample for sample in apart.samples if sample.case != "start"]
     assert list(run.variants) == ["off", "fused", "off-2", "fused-2"]
     assert set(run.verified) == {"fused", "off-2", "fused-2"}
     assert set(run.said) == {"fused", "fused-2"}

@@ -84,8 +84,10 @@ def _gpus() -> str:
 
 
 def _nvidia_smi(field: str) -> list[str]:
-    """What nvidia-smi says for each GPU, or one empty string. Asking torch would take memory from the GPU."""
+    """What nvidia-smi says for each GPU that this process may use, or one empty string. Asking torch would take memory
+    from the GPU."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
+    command += [f"--id={visible}"] if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) else []
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().split("\n")
     except (OSError, subprocess.SubprocessError):
