@@ -50,16 +50,16 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     found: dict[str, Any] = {}
-    joins, preempted = watch_joins(), watch_preemptions()
+    joins, (batches, preempted) = watch_joins(), watch_scheduler()
     forced = None
     for name in options.engines:
         switch_plugin(SETTINGS[name])  # for worker processes, too
-        joins.clear()
-        preempted.clear()
+        for watched in (joins, batches, preempted):
+            watched.clear()
         found[name] = run(options, forced)
         if options.forced and not forced:
             forced = [[token for token, _ in text] for text in found[name]["answers"]["first"]]
-        found[name] |= {"joins": dict(joins), "preempted": len(preempted)}
+        found[name] |= {"joins": dict(joins), "batches": list(batches), "preempted": len(preempted)}
         options.output.write_text(json.dumps(found))
 
 
@@ -82,19 +82,26 @@ def watch_joins() -> dict[str, int]:
     return seen
 
 
-def watch_preemptions() -> list[str]:
-    """The requests that give their place in the cache to another, and start anew later."""
+def watch_scheduler() -> tuple[list[list[int]], list[str]]:
+    """How many tokens of each request are in each step, by size; and the requests that give their place in the cache to
+    another, and start anew later."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    seen: list[str] = []
-    preempt = Scheduler._preempt_request
+    batches: list[list[int]] = []
+    preempted: list[str] = []
+    schedule, preempt = Scheduler.schedule, Scheduler._preempt_request
 
-    def watched(self: Any, request: Any, *rest: Any, **more: Any) -> Any:
-        seen.append(request.request_id)
+    def watched_schedule(self: Any, *rest: Any, **more: Any) -> Any:
+        found = schedule(self, *rest, **more)
+        batches.append(sorted(found.num_scheduled_tokens.values()))
+        return found
+
+    def watched_preempt(self: Any, request: Any, *rest: Any, **more: Any) -> Any:
+        preempted.append(request.request_id)
         return preempt(self, request, *rest, **more)
 
-    Scheduler._preempt_request = watched
-    return seen
+    Scheduler.schedule, Scheduler._preempt_request = watched_schedule, watched_preempt
+    return batches, preempted
 
 
 def layers(llm: Any) -> dict[str, Any]:

@@ -135,9 +135,9 @@ def test_dual_stream_gives_the_same_bits(generated: Generated) -> None:
         pytest.skip("each engine has processes of its own, which tune their kernels each for themselves")
     if MODES[generated.mode].engine.get("async_scheduling"):
         pytest.skip("what is batched together may depend on the time that a step takes")
-    if generated.mode == "mixed":
-        pytest.skip("stock's graph fuses norm and quantisation, without the rounding that lies between the two here")
-    assert generated.found["dual_stream"]["answers"] == generated.found["stock"]["answers"]
+    ours, stock = generated.found["dual_stream"], generated.found["stock"]
+    assert ours["batches"] == stock["batches"], "or nothing can be said of bits"
+    assert ours["answers"] == stock["answers"]
 
 
 def test_gives_the_same_tokens(generated: Generated) -> None:
