@@ -40,7 +40,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -249,8 +249,7 @@ def memory() -> dict[str, float]:
 def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) -> None:
     """Add to the run what the engines of each start show, one start after the other. Raises BenchError."""
     stock: Any = None
-    left_out: set[str] = set()
-    for _, names in groupby(run.variants, key=start_of):
+    for start, names in groupby(run.variants, key=start_of):
         with ExitStack() as kept:
             known: dict[str, Engine] = {}
             for group in groups(list(names), options.one_process):
@@ -265,34 +264,35 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
                         run.verified[name] = verified(name, stock, found)
                     if line := require_at_work(name, this.log()):
                         run.said[name] = line
-                    if not options.one_process:
+                    if not options.one_process and not start:  # a later one finds full caches
                         run.add(run.rounds, name, START, this.ask({"about": True}))
                 known |= started
+            fitting = []
             for case in cases:  # each once, untimed
                 ran = [this.ask(vars(case) | {"seed": 0, "repeat": 1}) for this in known.values()]
-                if case.tokens > 1 and not all(map(case.at_once, ran)):
-                    left_out.add(case.name)
+                if case.tokens == 1 or all(map(case.at_once, ran)):
+                    fitting.append(case)
+                else:
+                    where = f" of start {start}" if start else ""
+                    run.load += f"; {case.name}{where} left out: not all requests ran at once (kv_cache_memory_bytes)"
             if options.cpus:
                 for this in known.values():
                     this.ask({"cpus": options.cpus})
             until, last = time.monotonic() + options.seconds, run.rounds + options.rounds
             while run.rounds < last and time.monotonic() < until:
-                add_round(run, known, cases, left_out)
+                add_round(run, known, fitting)
                 run.save(options.directory / RESULT)
-    for name in sorted(left_out):
-        run.load += f"; {name} left out: not all requests ran at once (kv_cache_memory_bytes)"
 
 
-def add_round(run: EngineRun, known: Mapping[str, Engine], cases: Sequence[Case], left_out: Collection[str]) -> None:
+def add_round(run: EngineRun, known: Mapping[str, Engine], cases: Sequence[Case]) -> None:
     """Each case in each engine; who is first changes from round to round."""
     names, number = list(known), run.rounds
+    run.rounds += 1
     first = number % len(names)
     for n, case in enumerate(cases):
-        if case.name not in left_out:
-            seed = 1 + number * len(cases) + n  # new prompts in each round, the same for each engine
-            for name in names[first:] + names[:first]:
-                run.add(number, name, case.name, case.values(known[name].ask(vars(case) | {"seed": seed})))
-    run.rounds = number + 1
+        seed = 1 + number * len(cases) + n  # new prompts in each round, the same for each engine
+        for name in names[first:] + names[:first]:
+            run.add(number, name, case.name, case.values(known[name].ask(vars(case) | {"seed": seed})))
 
 
 def groups(names: Sequence[str], one_process: bool) -> list[list[list[str]]]:

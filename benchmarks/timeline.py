@@ -1,12 +1,13 @@
 """What one GDN layer's decode step looks like on the GPU: stock, dual stream and fused, to one scale.
 
-    python benchmarks/timeline.py record MODEL DIRECTORY [--strategy NAME,...] [--engine JSON]   # needs a GPU: traces
+    python benchmarks/timeline.py record MODEL DIRECTORY [--strategy NAME,...] [--prefill N] [--engine JSON]
     python benchmarks/timeline.py list TRACE [--match REGEX]                           # finds the layer in a trace
     python benchmarks/timeline.py trim DIRECTORY FILE.json VARIANT=FIRST-LAST:LABEL,...  ...
     python benchmarks/timeline.py draw FILE.json FILE.png
     python benchmarks/timeline.py sections DIRECTORY FILE.json FIRST LAST LABEL=REGEX ...
 
-MODEL is a directory, such as gpu_models.py makes. `list` numbers the kernels; `trim` keeps those from FIRST to LAST of
+MODEL is a directory, such as gpu_models.py makes. `record` needs a GPU; it traces decode steps, or with `--prefill` the
+step of prompts of N tokens. `list` numbers the kernels; `trim` keeps those from FIRST to LAST of
 each VARIANT, each with a LABEL, in a file that is small enough to be kept; the picture is drawn from that file alone.
 `sections` times what recurs in the traces, such as every GDN layer of every step: from the nearest kernel before that
 matches the regular expression FIRST to one that matches LAST. It keeps the times of the whole and of each LABEL's
@@ -244,6 +245,7 @@ def record(options: argparse.Namespace) -> None:
     about = {
         "model": Path(options.model).name,
         "batch": options.batch,
+        "prefill": options.prefill,
         "engine": options.engine,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": asdict(describe_machine(options.device)),
@@ -252,10 +254,9 @@ def record(options: argparse.Namespace) -> None:
     for name, settings in chosen.items():
         trace = trace_path(options.directory, name)
         line = [sys.executable, __file__, "trace", options.model, str(trace), "--batch", str(options.batch)]
-        line += ["--device", options.device, "--engine", json.dumps(options.engine)]
+        line += ["--device", options.device, "--prefill", str(options.prefill), "--engine", json.dumps(options.engine)]
         env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "INFO", **settings}
-        # Else each engine has a Triton cache of its own, for which it tunes its kernels anew.
-        env["VLLM_DISABLE_COMPILE_CACHE"] = "1"
+        env["VLLM_TRITON_FORCE_FIRST_CONFIG"] = "1"  # else each tunes the prefill's kernels, for minutes
         done = subprocess.run(line, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         trace.with_suffix(".log").write_text(done.stdout)
         if done.returncode:
@@ -265,7 +266,7 @@ def record(options: argparse.Namespace) -> None:
 
 
 def trace(options: argparse.Namespace) -> None:
-    """In this process: an engine decodes, and the profiler sees its last steps."""
+    """In this process: an engine decodes, or answers prompts with one token, and the profiler sees the last time."""
     from torch.profiler import ProfilerActivity, profile
     from vllm import LLM, SamplingParams
 
@@ -275,11 +276,12 @@ def trace(options: argparse.Namespace) -> None:
         skip_tokenizer_init=True,
         language_model_only=True,
         enable_prefix_caching=False,
-        max_model_len=2048,
+        max_model_len=max(2048, options.prefill + WARM_UP_TOKENS),
         max_num_seqs=options.batch,
         **options.engine,
     )
-    prompts = [{"prompt_token_ids": [n + 7 * i for i in range(PROMPT_TOKENS)]} for n in range(options.batch)]
+    length = options.prefill or PROMPT_TOKENS
+    prompts = [{"prompt_token_ids": [(n + 7 * i) % 256 for i in range(length)]} for n in range(options.batch)]
 
     def generate(tokens: int) -> None:
         sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
@@ -288,7 +290,7 @@ def trace(options: argparse.Namespace) -> None:
     generate(WARM_UP_TOKENS)
     activity = ProfilerActivity.CUDA if options.device == "cuda" else ProfilerActivity.CPU
     with profile(activities=[activity]) as found:
-        generate(TRACED_TOKENS)
+        generate(1 if options.prefill else TRACED_TOKENS)
     found.export_chrome_trace(str(options.directory))
 
 
@@ -321,6 +323,7 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         command.add_argument("model")
         command.add_argument("directory", type=Path)
         command.add_argument("--batch", type=int, default=8, help="requests, each of one token a step; default 8")
+        command.add_argument("--prefill", metavar="N", type=int, default=0, help="trace prompts of N tokens")
         command.add_argument("--device", choices=tuple(CATEGORY), default="cuda")
         command.add_argument("--engine", default={}, type=json.loads, help="more arguments of vLLM's LLM, as JSON")
     commands.choices["record"].add_argument(

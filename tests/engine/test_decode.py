@@ -39,6 +39,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
     def forward_core(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any) -> None:
         assert mixed_qkv.shape == (ROWS, QKV)
         assert torch.equal(torch.cat([b, a], dim=-1), ba)
+        run.contiguous = [b.is_contiguous(), a.is_contiguous()]  # type: ignore[attr-defined]
         calls.append("vLLM's core")
 
     def run_kernel(_: Any, qkvz: Any, b: Any, a: Any, conv: Any, ssm: Any, indices: Any, out: Any) -> None:
@@ -81,6 +82,19 @@ def test_all_else_takes_vllms_core_and_the_norm(step: Any, change: dict[str, Any
     assert step(**DECODE | change) == ["vLLM's core", "norm"]
     assert step(**DECODE) == ["kernel"]
     assert step(**DECODE | change) == ["vLLM's core", "norm"], "a step that was normalised says nothing of the next"
+
+
+def test_b_and_a_are_copied_where_they_lie_too_far_apart_for_vllms_kernel(
+    step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin.run import decode
+
+    prefill = DECODE | {"num_prefills": 1}
+    assert step(**prefill) == ["vLLM's core", "norm"]
+    assert step.contiguous == [False, False]
+    monkeypatch.setattr(decode, "INT32", ROWS * 2 * HEADS)
+    assert step(**prefill) == ["vLLM's core", "norm"]
+    assert step.contiguous == [True, True]
 
 
 def test_in_piecewise_graphs_the_norm_is_captured_so_the_core_never_normalises(step: Any) -> None:

@@ -131,8 +131,8 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
             )
 
         monkeypatch.setattr(dual_stream, "is_captured", lambda hidden_states: True)
-        monkeypatch.setattr(dual_stream._Thread, "is_prepared", True)
         monkeypatch.setattr(dual_stream, "_thread", dual_stream._Thread())
+        monkeypatch.setattr(dual_stream._Thread, "is_prepared", True)
         monkeypatch.setattr(dual_stream, "aux_stream", lambda: "the stream")
         monkeypatch.setattr(torch.cuda, "Event", event)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext(done.append(stream)))
@@ -301,20 +301,45 @@ def test_a_thread_that_captures_before_it_has_run_a_layer_does_so_serially(
     assert line.endswith("this thread captures a layer before it has run one")
 
 
-def test_the_first_call_of_a_thread_prepares_it(
+def test_the_first_call_of_a_thread_prepares_it_and_the_first_after_a_release(
     layers: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not the import: CUDA may not be up by then."""
+    from vllm_gdn_plugin.host import streams
     from vllm_gdn_plugin.run import dual_stream
 
     layer = layers(1)[0]
     prepared: list[bool] = []
     monkeypatch.setattr(dual_stream, "_thread", dual_stream._Thread())
-    monkeypatch.setattr(dual_stream, "prepare_aux_stream", lambda: prepared.append(True) or True)
+    monkeypatch.setattr(streams, "prepare_aux_stream", lambda: prepared.append(True) or True)
+    for count in (1, 1, 2, 2):
+        if count > len(prepared):
+            monkeypatch.setattr(streams, "releases", streams.releases + 1)
+        project(layer, torch.randn(TOKENS, HIDDEN))
+        assert len(prepared) == count
+    assert dual_stream._thread.is_prepared
+
+
+def test_a_workspace_that_cannot_be_had_is_said_once(
+    layers: Callable[..., list[Any]], warnings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin.host import streams
+    from vllm_gdn_plugin.run import dual_stream
+
+    def fail() -> bool:
+        tried.append(True)
+        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+
+    layer = layers(1)[0]
+    tried: list[bool] = []
+    monkeypatch.setattr(dual_stream, "_thread", dual_stream._Thread())
+    monkeypatch.setattr(streams, "prepare_aux_stream", fail)
     for _ in range(2):
         project(layer, torch.randn(TOKENS, HIDDEN))
-    assert prepared == [True]
-    assert dual_stream._thread.is_prepared
+    (line,) = warnings
+    assert "CUBLAS_STATUS_ALLOC_FAILED" in line
+    assert tried == [True]
+    assert not dual_stream._thread.is_prepared
 
 
 def test_what_is_timed_runs_outside_a_capture_without_a_word(
@@ -529,7 +554,6 @@ def timing(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=1))
     monkeypatch.setattr(timer, "unchanged_stream", nullcontext)
     monkeypatch.setattr(timer, "release_workspaces", lambda: None)
-    monkeypatch.setattr(timing, "prepare_aux_stream", lambda: None)
     monkeypatch.setattr(settle, "gpu", lambda: "a GPU")
     monkeypatch.setattr(settle, "recall", lambda case, directory: {})
     monkeypatch.setattr(settle, "keep", lambda case, times, directory: None)

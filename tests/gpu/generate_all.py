@@ -27,6 +27,8 @@ from vllm_gdn_plugin.settings import variable
 
 STEPS = 256
 BEST = 5
+BUILDS = "generate_all.py builds "
+"""Before the name of an engine, in the log."""
 DECODE_KERNEL = variable("decode_kernel")
 SETTINGS = {
     "stock": {PLUGINS: ""},
@@ -53,6 +55,7 @@ def main() -> None:
     joins, (batches, preempted) = watch_joins(), watch_scheduler()
     forced = None
     for name in options.engines:
+        print(f"{BUILDS}{name}", flush=True)
         switch_plugin(SETTINGS[name])  # for worker processes, too
         for watched in (joins, batches, preempted):
             watched.clear()

@@ -1,8 +1,12 @@
 """The gated RMSNorm for what the decode kernel does not decode, against float64."""
 
+import os
+from typing import Any
+
 import pytest
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DIM = 128
 EPS = 1e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,22 +20,61 @@ ROUNDING = 2.5e-3 if DEVICE == "cuda" else 5e-3
 def test_each_head_is_normalised_and_gated_in_place(
     tokens: int, heads: int, weight_dtype: torch.dtype, sigmoid: bool
 ) -> None:
-    """At the first call and at later ones, which launch what the first has compiled; also for other rows in memory."""
     from vllm_gdn_plugin.run.gated_norm import GatedNorm
 
-    torch.manual_seed(0)
-    norm = GatedNorm(EPS, sigmoid)
-    weight = torch.randn(DIM, device=DEVICE).to(weight_dtype)
-    for num_tokens, more in ((tokens, 16), (tokens, 16), (tokens + 2, 16), (tokens, 5), (tokens, 16)):
-        core = torch.randn(num_tokens, heads * DIM, dtype=torch.bfloat16, device=DEVICE)
-        wide = torch.randn(num_tokens, 2 * heads * DIM + more, dtype=torch.bfloat16, device=DEVICE)
-        mixed = wide[:, : 2 * heads * DIM]  # as a fused GEMM gives it
-        x, z = (t.double().view(num_tokens, heads, DIM) for t in (core, mixed[:, heads * DIM :].contiguous()))
-        want = x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
-        want *= torch.sigmoid(z) * (1 if sigmoid else z)
+    core, mixed, weight = tensors(tokens, heads, weight_dtype)
+    want = exact(core, mixed, weight, sigmoid)
+    GatedNorm(EPS, sigmoid)(core, mixed, weight)
+    assert difference(core, want) < ROUNDING
+
+
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter compiles nothing")
+def test_what_was_compiled_is_launched_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_gdn_plugin.run import gated_norm
+
+    asked: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Any:
+            asked.append(grid)
+            return kernel[grid]
+
+    kernel, norm = gated_norm._norm, gated_norm.GatedNorm(EPS, sigmoid=False)
+    monkeypatch.setattr(gated_norm, "_norm", Kernel())
+
+    def call(**how: Any) -> int:
+        core, mixed, weight = tensors(**{"tokens": 3, "heads": 5, "weight_dtype": torch.float32} | how)
+        want = exact(core, mixed, weight, False)
+        asked.clear()
         norm(core, mixed, weight)
-        error = (core.double().view_as(want) - want).norm() / want.norm()
-        assert error < ROUNDING
+        assert difference(core, want) < ROUNDING
+        return len(asked)
+
+    assert [call(), call(), call(tokens=7), call(tokens=1)] == [1, 0, 0, 0]
+    for other in ({"padding": 5}, {"shift": 1}, {"weight_dtype": torch.bfloat16}, {"heads": 6}):
+        assert [call(**other), call()] == [1, 1], other
+    assert call() == 0
+
+
+def tensors(
+    tokens: int, heads: int, weight_dtype: torch.dtype, padding: int = 16, shift: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the core gave, what the projection gave, as a fused GEMM gives it, and the norm's weight."""
+    torch.manual_seed(0)
+    size = heads * DIM
+    core = torch.randn(shift + tokens * size, dtype=torch.bfloat16, device=DEVICE)[shift:].view(tokens, size)
+    mixed = torch.randn(tokens, 2 * size + padding, dtype=torch.bfloat16, device=DEVICE)[:, : 2 * size]
+    return core, mixed, torch.randn(DIM, device=DEVICE).to(weight_dtype)
+
+
+def exact(core: torch.Tensor, mixed: torch.Tensor, weight: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    x, z = (t.double().reshape(len(core), -1, DIM) for t in (core, mixed[:, core.shape[1] :]))
+    want = x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
+    return want * torch.sigmoid(z) * (1 if sigmoid else z)
+
+
+def difference(core: torch.Tensor, want: torch.Tensor) -> float:
+    return float((core.double().view_as(want) - want).norm() / want.norm())
 
 
 def test_a_head_of_zeros_stays_zeros() -> None:

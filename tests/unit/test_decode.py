@@ -9,7 +9,7 @@ import pytest
 
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.decide.decode import DecodeFacts, why_no_kernel
-from vllm_gdn_plugin.decide.decode_contract import TAKE_ROWS_OF_ANY_STRIDE, why_no_decode_kernel
+from vllm_gdn_plugin.decide.decode_contract import TAKE_COLUMNS, why_no_decode_kernel
 
 QWEN3_5 = DecodeFacts("cuda")
 
@@ -98,7 +98,8 @@ class QwenGatedDeltaNetAttention:
             and attn_metadata.num_decodes > 0
         ):
             return self._forward_core_decode_non_spec(mixed_qkv, b, a, core_attn_out, attn_metadata)
-        core_attn_out.copy_(self.chunked(mixed_qkv, b, a))
+        a_prefill = a[: attn_metadata.num_actual_tokens]
+        core_attn_out.copy_(fused_post_conv_prep(conv_output=mixed_qkv, a=a_prefill, b=b.index_select(0, rows)))
 
     def _forward_core_decode_non_spec(self, mixed_qkv, b, a, core_attn_out, attn_metadata):
         conv_state = self.kv_cache[0].transpose(-1, -2)
@@ -130,7 +131,10 @@ HELPERS = {
     "vllm.forward_context": "class ForwardContext:\n    attn_metadata: object\n    cudagraph_runtime_mode: object\n",
     "vllm.model_executor.layers.mamba.mamba_utils": "def is_conv_state_dim_first(): ...\n",
 }
-STRIDED = {module: f"def launch(a):\n    return {shown}\n" for module, shown in TAKE_ROWS_OF_ANY_STRIDE.items()}
+STRIDED = {
+    module: f"def {name}(a, b):\n    return launch(a.{shown}, b.{shown})\n"
+    for name, (module, shown) in TAKE_COLUMNS.items()
+}
 
 BREACHES = {
     "an older vLLM": ("def _forward_core_fused_norm_packed", "def _other", "no packed branch"),
@@ -150,6 +154,7 @@ BREACHES = {
         "",
         "once each",
     ),
+    "another taker": ("fused_post_conv_prep(conv", "gates(conv", "_forward_core hands b or a to gates"),
     "another cache": ("self.kv_cache[0]", "self.cache[0]", "kv_cache as expected"),
 }
 
@@ -194,13 +199,24 @@ def test_a_helper_that_is_gone_is_named(sources: Callable[..., Path], tmp_path: 
     assert f"there is no {module}." in (why_no_decode_kernel(package) or "")
 
 
-@pytest.mark.parametrize("module", STRIDED)
-def test_a_kernel_that_may_want_contiguous_rows_is_named(
-    sources: Callable[..., Path], tmp_path: Path, module: str
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return launch(a, b)",
+        "return launch(a.{0}, b)",
+        "return launch(beta.{0}, alpha.{0})",
+        "...\n\n\ndef another(a, b):\n    return launch(a.{0}, b.{0})",
+    ],
+)
+@pytest.mark.parametrize("name", TAKE_COLUMNS)
+def test_what_may_want_contiguous_rows_is_named(
+    sources: Callable[..., Path], tmp_path: Path, name: str, body: str
 ) -> None:
     package = sources()
-    tmp_path.joinpath(*module.split(".")).with_suffix(".py").write_text("def launch(a): ...\n")
-    assert why_no_decode_kernel(package) == f"{module} does not take b and a with rows of any stride"
+    module, shown = TAKE_COLUMNS[name]
+    text = f"def {name}(a, b):\n    {body.format(shown)}\n"
+    tmp_path.joinpath(*module.split(".")).with_suffix(".py").write_text(text)
+    assert why_no_decode_kernel(package) == f"{name} may not take b and a with rows of any stride"
 
 
 def test_sources_that_cannot_be_read(sources: Callable[..., Path], tmp_path: Path) -> None:

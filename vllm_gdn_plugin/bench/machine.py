@@ -87,11 +87,15 @@ def _nvidia_smi(field: str) -> list[str]:
     """What nvidia-smi says for each GPU that this process may use, or one empty string. Asking torch would take memory
     from the GPU."""
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"]
-    command += [f"--id={visible}"] if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) else []
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().split("\n")
-    except (OSError, subprocess.SubprocessError):
-        return [""]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    for chosen in ([f"--id={visible}"], []) if visible else ([],):  # it may not know them by that name
+        try:
+            done = subprocess.run([*command, *chosen], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            break
+        if done.returncode == 0:
+            return done.stdout.strip().split("\n")
+    return [""]
 
 
 def cpu() -> str:

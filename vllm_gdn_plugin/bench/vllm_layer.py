@@ -66,7 +66,6 @@ def _engine_arguments(model: str, arguments: Sequence[str]) -> Any:
 
 
 def _model(name: str, model: Configured, tensor_parallel_size: int, tokens: Sequence[int]) -> Model:
-    from vllm_gdn_plugin.host.streams import prepare_aux_stream
     from vllm_gdn_plugin.run.dual_stream import WAYS
     from vllm_gdn_plugin.run.fused import FusedWeight
     from vllm_gdn_plugin.run.layer import Gdn
@@ -86,7 +85,6 @@ def _model(name: str, model: Configured, tensor_parallel_size: int, tokens: Sequ
     outputs = layer_facts.qkvz.output_size, layer_facts.ba.output_size
     rows = rows_of(first.in_proj_qkvz.weight.data, sum(outputs), tokens) if strategy == FUSED else 0
     norm = first.norm
-    prepare_aux_stream()
 
     def make() -> Any:
         layer = _constructed(model)

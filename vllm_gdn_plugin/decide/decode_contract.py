@@ -38,12 +38,12 @@ HELPERS = {
 """What the kernel's side calls in vLLM, besides the layer and what the projections call."""
 
 OPS = "vllm.third_party.flash_linear_attention.ops"
-TAKE_ROWS_OF_ANY_STRIDE = {
-    f"{OPS}.fused_gdn_prefill_post_conv": "a.stride(0)",
-    f"{OPS}.fused_sigmoid_gating": "a.contiguous()",
-    f"{OPS}.fused_recurrent": "a.stride(0)",
+TAKE_COLUMNS = {
+    "fused_post_conv_prep": (f"{OPS}.fused_gdn_prefill_post_conv", "stride(0)"),
+    "fused_sigmoid_gating_delta_rule_update": (f"{OPS}.fused_sigmoid_gating", "contiguous()"),
+    "fused_recurrent_gated_delta_rule_packed_decode": (f"{OPS}.fused_recurrent", "stride(0)"),
 }
-"""What ``_forward_core`` hands b and a to, which are columns of one tensor here, and what shows that it may."""
+"""All that ``_forward_core`` may hand b and a to: they are columns of one tensor here, and what shows that it may."""
 
 METADATA = ("spec_sequence_masks", "num_prefills", "num_decodes", "num_actual_tokens", "non_spec_state_indices_tensor")
 METADATA_MODULE = "vllm.v1.attention.backends.gdn_attn"
@@ -86,14 +86,41 @@ def _breaches(layer: ast.ClassDef, module: ast.Module, metadata: ast.Module) -> 
         yield f"{DECODE} does not call {' and '.join(KERNELS)} once each"
     if "self.kv_cache" not in ast.unparse(decode) or "transpose(-1, -2)" not in ast.unparse(decode):
         yield f"{DECODE} does not find conv state and recurrent state in kv_cache as expected"
+    for name in ("_forward_core", DECODE):
+        if others := set(_takers(methods[name])) - {*TAKE_COLUMNS, DECODE}:
+            yield f"{name} hands b or a to {', '.join(sorted(others))}"
     fields = {ast.unparse(n.target) for n in ast.walk(metadata) if isinstance(n, ast.AnnAssign)}
     yield from (f"GDNAttentionMetadata has no {name}" for name in METADATA if name not in fields)
 
 
 def _need_copies(package: "Traversable") -> Iterator[str]:
-    for module, shown in TAKE_ROWS_OF_ANY_STRIDE.items():
-        if shown not in ast.unparse(parse(package, module)):
-            yield f"{module} does not take b and a with rows of any stride"
+    for name, (module, shown) in TAKE_COLUMNS.items():
+        found = [n for n in parse(package, module).body if isinstance(n, ast.FunctionDef) and n.name == name]
+        calls = {ast.unparse(n) for one in found for n in ast.walk(one) if isinstance(n, ast.Call)}
+        if not {f"a.{shown}", f"b.{shown}"} <= calls:
+            yield f"{name} may not take b and a with rows of any stride"
+
+
+def _takers(method: ast.FunctionDef) -> Iterator[str]:
+    """What is called with b or a, or with rows of them."""
+    parts, known = {"a", "b"}, 0
+    while known < len(parts):
+        known = len(parts)
+        for n in ast.walk(method):
+            if isinstance(n, ast.Assign) and _whose(n.value) in parts:
+                parts |= {target.id for target in n.targets if isinstance(target, ast.Name)}
+    for n in ast.walk(method):
+        if isinstance(n, ast.Call) and any(_whose(one) in parts for one in (*n.args, *(k.value for k in n.keywords))):
+            yield ast.unparse(n.func).rpartition(".")[2]
+
+
+def _whose(value: ast.expr) -> str | None:
+    """The tensor that this is rows of, by name."""
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute) and value.func.attr == "index_select":
+        value = value.func.value
+    while isinstance(value, ast.Subscript):
+        value = value.value
+    return value.id if isinstance(value, ast.Name) else None
 
 
 def _takes_packed_branch(forward: ast.FunctionDef) -> bool:

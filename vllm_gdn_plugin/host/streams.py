@@ -37,6 +37,10 @@ def prepare_aux_stream() -> bool:
     return True
 
 
+releases = 0
+"""How often :func:`release_workspaces` has given them back: then each thread needs its own anew."""
+
+
 def cuda_graphs_exist() -> bool:
     """Whether there is memory of a CUDA graph in this process."""
     import torch
@@ -57,6 +61,8 @@ def release_workspaces() -> None:
     torch.cuda.empty_cache()  # first, for graphs that are gone leave their memory in it
     if cuda_graphs_exist():
         return
+    global releases
+    releases += 1
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 

@@ -29,6 +29,9 @@ FEW_TOKENS = 16
 MOST_TOKENS = 512
 """No larger batch takes it."""
 
+INT32 = 2**31
+"""Elements. vLLM's kernel of the prefill counts from the first b to the last in 32 bits."""
+
 _library = torch.library.Library("vllm_gdn_plugin", "FRAGMENT")
 
 
@@ -92,6 +95,8 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
         except Exception as error:
             decode.broken = True
             warn_once("the decode kernel failed and is left out", unexpected(error))
+    if ba.shape[0] * ba.stride(0) >= INT32:
+        b, a = b.contiguous(), a.contiguous()
     _, value_heads, dim = core_attn_out.shape
     layer._forward_core(mixed_qkvz[:, : mixed_qkvz.shape[1] - value_heads * dim], b, a, core_attn_out)
 

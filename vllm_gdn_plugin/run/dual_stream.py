@@ -19,8 +19,9 @@ import torch
 from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, aux_stream, direct_register_custom_op
 
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL
+from vllm_gdn_plugin.host import streams
 from vllm_gdn_plugin.host.layers import layer_by_name
-from vllm_gdn_plugin.host.streams import breakable_capture, is_captured, prepare_aux_stream
+from vllm_gdn_plugin.host.streams import breakable_capture, is_captured
 from vllm_gdn_plugin.report import unexpected, warn_once
 
 MOST_TOKENS = 1024
@@ -47,6 +48,8 @@ class _Thread(threading.local):
     """Not joined yet."""
     is_prepared: bool = False
     """cuBLAS has its workspace for the auxiliary stream."""
+    releases: int = -1
+    """Of workspaces, when that was tried."""
 
 
 _thread = _Thread()
@@ -116,8 +119,9 @@ def fork(find_layer: Callable[[], Any], hidden_states: torch.Tensor) -> Fork | N
     Events made here cost nothing at replay and are shared with nobody. A breakable capture cannot record a fork and a
     join across its breaks.
     """
-    if not is_captured(hidden_states):  # vLLM runs a step before it captures one
-        _thread.is_prepared = _thread.is_prepared or prepare_aux_stream()
+    if not is_captured(hidden_states):
+        if _thread.releases != streams.releases:
+            prepare()
         return None
     layer = find_layer()
     try:
@@ -131,6 +135,15 @@ def fork(find_layer: Callable[[], Any], hidden_states: torch.Tensor) -> Fork | N
     except Exception as error:
         warn_once(RAN_SERIALLY, unexpected(error))
         return None
+
+
+def prepare() -> None:
+    """Give this thread its workspace, once. vLLM runs a step before it captures one."""
+    _thread.releases, _thread.is_prepared = streams.releases, False
+    try:
+        _thread.is_prepared = streams.prepare_aux_stream()
+    except Exception as error:
+        warn_once(RAN_SERIALLY, unexpected(error))
 
 
 def join(forked: Fork | None, work: Callable[[], torch.Tensor]) -> torch.Tensor:

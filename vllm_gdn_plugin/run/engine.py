@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import torch
 
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM
-from vllm_gdn_plugin.host import streams
 from vllm_gdn_plugin.report import Record, unexpected, warn_once
 from vllm_gdn_plugin.run.decode import KERNEL, MOST_TOKENS, Decode
 from vllm_gdn_plugin.run.fused import FusedWeight
@@ -34,8 +33,7 @@ def settle_projections(records: Iterable[Record], last: Any, by_time: bool) -> s
     others' weights are as they will be used.
     """
     phrases = []
-    alike = _alike((r for r in records if r.strategy == DUAL_STREAM), lambda r: (r.facts, r.sizes))
-    for group in alike:
+    for group in _alike((r for r in records if r.strategy == DUAL_STREAM), lambda r: (r.facts, r.sizes)):
         layers, first = [record.layer() for record in group], group[0]
         assert first.facts is not None
         ready = [layer for layer in layers if layer is not last]
@@ -43,11 +41,6 @@ def settle_projections(records: Iterable[Record], last: Any, by_time: bool) -> s
         for layer in layers:
             layer.gdn.ways = ways
         phrases += [f"in CUDA graphs {phrase}"] if phrase else []
-    if any(group[0].facts is not None and group[0].facts.platform == "cuda" for group in alike):
-        try:  # after all timing, which gives back what was prepared before
-            streams.prepare_aux_stream()
-        except Exception as error:
-            warn_once("the second stream's workspace is left to the first capture", unexpected(error))
     return "; ".join(phrases)
 
 

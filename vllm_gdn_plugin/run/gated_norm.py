@@ -54,10 +54,9 @@ class GatedNorm:
 
     def __init__(self, eps: float, sigmoid: bool) -> None:
         self.eps, self.sigmoid = eps, sigmoid
-        self.compiled: Any = None
-        """The kernel of the last call, to launch it anew: that takes a fraction of the CPU's time in which Triton finds
-        it. In a layer's calls nothing differs that it was compiled for, but perhaps :attr:`kind`."""
-        self.kind: tuple[int, int] | None = None
+        self.kept: tuple[object, Any] | None = None
+        """What the last call was compiled for, besides this layer's constants, and the kernel. To launch it anew takes
+        a fraction of the CPU's time in which Triton finds it."""
 
     def __call__(self, core: torch.Tensor, mixed: torch.Tensor, weight: torch.Tensor) -> None:
         """Run it.
@@ -75,8 +74,10 @@ class GatedNorm:
         arguments = (core, mixed, weight, heads, row_stride, self.eps, gate, size // dim, dim, HEADS, self.sigmoid)
         grid = (triton.cdiv(heads, HEADS), 1, 1)
         is_aligned = (core.data_ptr() | mixed.data_ptr() | weight.data_ptr()) % ALIGNED == 0
-        kind = (row_stride, gate) if is_aligned else None
-        if self.compiled is not None and kind is not None and kind == self.kind:
-            self.compiled[grid](*arguments)
-        else:
-            self.compiled, self.kind = _norm[grid](*arguments, num_warps=HEADS), kind
+        kind = (is_aligned, size, dim, row_stride, gate, core.dtype, mixed.dtype, weight.dtype, core.device)
+        kept = self.kept
+        if kept is not None and is_aligned and kept[0] == kind:
+            kept[1][grid](*arguments)
+            return
+        compiled = _norm[grid](*arguments, num_warps=HEADS)
+        self.kept = None if compiled is None else (kind, compiled)  # Triton's interpreter gives none

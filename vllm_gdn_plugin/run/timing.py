@@ -10,7 +10,6 @@ import torch
 
 from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL, LayerFacts
-from vllm_gdn_plugin.host.streams import prepare_aux_stream
 from vllm_gdn_plugin.run.decode import KERNEL, STOCK
 from vllm_gdn_plugin.run.decode import MOST_TOKENS as MOST_DECODED
 from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS, WAYS
@@ -104,7 +103,6 @@ def ways_of(
     case = projections_case(facts, hidden_size)
 
     def measure(missing: list[int]) -> Any:
-        prepare_aux_stream()
         weight_bytes = sum(parameter.nbytes for parameter in ready[0].in_proj_qkvz.parameters())
         different = ready[: _count(weight_bytes)]
         turns = list(islice(cycle(different), max(len(different), CudaTimer.min_layers)))

@@ -65,7 +65,7 @@ def samples(run: EngineRun, metric: str, case: str, kind: str) -> list[float]:
 
 def _about(run: EngineRun) -> list[str]:
     begun = len({sample.round for sample in run.samples})
-    rounds = f"{run.rounds} rounds" if begun == run.rounds else f"{begun} of {run.rounds} rounds"
+    rounds = f"{begun} of {run.rounds} rounds" if begun < run.rounds else f"{begun} rounds"
     lines = [
         f"- {about_machine(run.machine)}; {run.date}",
         f"- `{run.command}`",
