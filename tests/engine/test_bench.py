@@ -161,7 +161,9 @@ def test_engines_in_processes_are_stepped_in_turn(scratch: Path, tmp_path: Path,
         assert f"{strategy} on 3 of 3 GDN layers" in run["said"][name]
     assert run["load"].endswith(f"; each engine on CPUs {', '.join(map(str, cpus))}")
     for variant in ("off", "fused", "rules"):
-        assert values(run, "start", variant)["startup_s"] > 0
+        if not processes:  # in one process later engines find done what the first has had to do
+            assert values(run, "start", variant)["startup_s"] > 0
         for case, metric in (("concurrency 1", "tpot_ms"), ("concurrency 3", "tpot_ms"), ("100 in", "ttft_ms")):
             assert values(run, case, variant).keys() == {metric}
+    assert ("start" in run["samples"]) == (not processes)
     assert "| concurrency 3 |" in (tmp_path / "out" / "serve.md").read_text()
