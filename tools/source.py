@@ -7,8 +7,12 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pypi_simple import DistributionPackage, PyPISimple
+
+CHECKED: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+"""For what is unpacked, where Python has it: from 3.11.4 on."""
 
 
 def packages(index: PyPISimple) -> dict[str, DistributionPackage]:
@@ -26,7 +30,7 @@ def fetch(index: PyPISimple, package: DistributionPackage, directory: Path) -> N
             for member in tar:
                 _, _, member.name = member.name.partition("/")
                 if member.name.startswith("vllm/") and member.name.endswith(".py"):
-                    tar.extract(member, directory, filter="data")
+                    tar.extract(member, directory, **CHECKED)
 
 
 if __name__ == "__main__":

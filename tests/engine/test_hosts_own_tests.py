@@ -84,6 +84,8 @@ def tree(scratch: Path, models: Callable[[str], Path]) -> Path:
     pypi_simple = pytest.importorskip("pypi_simple", reason=f"pypi-simple {how}")
     for package in ("tblib", "pytest_asyncio"):
         pytest.importorskip(package, reason=f"{package}, which vLLM's tests import, {how}")
+    from source import CHECKED
+
     release = Version(version()).base_version
     archive = scratch / f"vllm-{release}.tar.gz"
     try:
@@ -98,7 +100,7 @@ def tree(scratch: Path, models: Callable[[str], Path]) -> Path:
     tree = scratch / f"vllm-{release}"
     needed = re.compile(rf"{re.escape(tree.name)}/(pyproject\.toml$|tests/|examples/basic/)")
     with tarfile.open(archive) as tar:
-        tar.extractall(scratch, [member for member in tar if needed.match(member.name)], filter="data")
+        tar.extractall(scratch, [member for member in tar if needed.match(member.name)], **CHECKED)
     archive.unlink()
     for group, names in DUMMY_PLUGINS.items():
         sources = [source for name in names if (source := tree / "tests" / "plugins" / name).exists()]
