@@ -314,7 +314,7 @@ def test_the_first_call_of_a_thread_prepares_it_and_the_first_after_a_release(
     monkeypatch.setattr(streams, "prepare_aux_stream", lambda: prepared.append(True) or True)
     for count in (1, 1, 2, 2):
         if count > len(prepared):
-            monkeypatch.setattr(streams, "releases", streams.releases + 1)
+            monkeypatch.setattr(streams, "times_released", streams.times_released + 1)
         project(layer, torch.randn(TOKENS, HIDDEN))
         assert len(prepared) == count
     assert dual_stream._thread.is_prepared

@@ -37,7 +37,7 @@ def prepare_aux_stream() -> bool:
     return True
 
 
-releases = 0
+times_released = 0
 """How often :func:`release_workspaces` has given them back: then each thread needs its own anew."""
 
 
@@ -61,8 +61,8 @@ def release_workspaces() -> None:
     torch.cuda.empty_cache()  # first, for graphs that are gone leave their memory in it
     if cuda_graphs_exist():
         return
-    global releases
-    releases += 1
+    global times_released
+    times_released += 1
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
 

@@ -48,8 +48,8 @@ class _Thread(threading.local):
     """Not joined yet."""
     is_prepared: bool = False
     """cuBLAS has its workspace for the auxiliary stream."""
-    releases: int = -1
-    """Of workspaces, when that was tried."""
+    prepared_at: int = -1
+    """What :data:`streams.times_released` was when that was tried."""
 
 
 _thread = _Thread()
@@ -120,7 +120,7 @@ def fork(find_layer: Callable[[], Any], hidden_states: torch.Tensor) -> Fork | N
     join across its breaks.
     """
     if not is_captured(hidden_states):
-        if _thread.releases != streams.releases:
+        if _thread.prepared_at != streams.times_released:
             prepare()
         return None
     layer = find_layer()
@@ -139,7 +139,7 @@ def fork(find_layer: Callable[[], Any], hidden_states: torch.Tensor) -> Fork | N
 
 def prepare() -> None:
     """Give this thread its workspace, once. vLLM runs a step before it captures one."""
-    _thread.releases, _thread.is_prepared = streams.releases, False
+    _thread.prepared_at, _thread.is_prepared = streams.times_released, False
     try:
         _thread.is_prepared = streams.prepare_aux_stream()
     except Exception as error:
