@@ -452,3 +452,48 @@ def test_what_is_kept_has_medians_and_intervals_and_samples_only_where_they_are_
     monkeypatch.setattr(keep, "SAMPLES_KB", 0)
     keep.keep(tmp_path / "raw.json", "kept")
     assert "samples" not in json.loads((tmp_path / "kept.json").read_text())
+
+
+# switch_plugin.py, and what the machine is called
+
+
+@pytest.mark.parametrize("before", [None, "another"])
+def test_an_engine_after_stock_has_the_process_s_own_list_of_plugins(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker processes read it."""
+    import switch_plugin
+
+    from vllm_gdn_plugin.bench.engine.variants import PLUGINS, STRATEGY
+
+    registered: list[str | None] = []
+    for name in ("imports.stop_watching", "process.withdraw_variables"):
+        monkeypatch.setattr(f"switch_plugin.{name}", lambda *_: None)
+    monkeypatch.setattr(switch_plugin, "register", lambda: registered.append(os.environ.get(PLUGINS)))
+    monkeypatch.setattr(switch_plugin, "BEFORE", {} if before is None else {PLUGINS: before})
+    monkeypatch.setenv(PLUGINS, "")
+    monkeypatch.setenv(STRATEGY, "serial")
+    switch_plugin.switch_plugin({PLUGINS: ""})
+    assert (os.environ[PLUGINS], STRATEGY in os.environ, registered) == ("", False, [])
+    switch_plugin.switch_plugin({STRATEGY: "auto"})
+    assert (os.environ.get(PLUGINS), os.environ[STRATEGY], registered) == (before, "auto", [before])
+
+
+@needs("psutil")
+@pytest.mark.parametrize(
+    ("visible", "named"), [(None, "2 x A GPU"), ("1", "A GPU"), ("MIG-1", "2 x A GPU")], ids=["all", "one", "by a name"]
+)
+def test_the_machine_is_the_gpus_that_this_process_may_use(
+    visible: str | None, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_gdn_plugin.bench import machine
+
+    tool = tmp_path / "nvidia-smi"
+    each = 'case "$*" in *--id=MIG*) echo no such device; exit 6;; *--id=1*) ;; *) echo A GPU;; esac'
+    tool.write_text(f"#!/bin/sh\n{each}\necho A GPU\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert machine._gpus() == named
