@@ -21,6 +21,11 @@ class Stock:
         layer.calls.append("dry run")
 
 
+def zeros(core_attn_out: Any) -> list[int]:
+    """The rows that are zeros."""
+    return [row for row, values in enumerate(core_attn_out) if not values.any()]
+
+
 @pytest.fixture
 def step(monkeypatch: pytest.MonkeyPatch) -> Any:
     """`step(**metadata)` runs core and norm of a layer as the packed branch does, and gives what was called."""
@@ -37,6 +42,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
 
     def forward_core(mixed_qkv: Any, b: Any, a: Any, core_attn_out: Any) -> None:
+        run.zeros = zeros(core_attn_out)  # type: ignore[attr-defined]
         assert mixed_qkv.shape == (ROWS, QKV)
         assert torch.equal(torch.cat([b, a], dim=-1), ba)
         run.contiguous = [b.is_contiguous(), a.is_contiguous()]  # type: ignore[attr-defined]
@@ -46,6 +52,8 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
         if layer.fails:
             raise RuntimeError("planted by the test")
         assert {len(t) for t in (qkvz, b, a, indices, out)} == {DECODE["num_actual_tokens"]}
+        assert out.isnan().all(), "nothing is written beforehand"
+        out.fill_(1)
         calls.append("kernel")
 
     layer._forward_core, layer.fails = forward_core, False
@@ -60,8 +68,9 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
         found = SimpleNamespace(non_spec_state_indices_tensor=torch.arange(ROWS), **metadata) if metadata else None
         monkeypatch.setattr(decode, "attention_metadata", lambda _: found)
         monkeypatch.setattr(decode, "in_piecewise_graph", lambda: piecewise)
-        qkvz, out = torch.randn(ROWS, QKV + HEADS * DIM), torch.zeros(ROWS, HEADS, DIM)
+        qkvz, out = torch.randn(ROWS, QKV + HEADS * DIM), torch.full((ROWS, HEADS, DIM), torch.nan)
         decode.run_core(Stock, layer, qkvz, ba, out)
+        run.zeros_at_last = zeros(out)  # type: ignore[attr-defined]
         decode.gdn_gated_norm(out.flatten(-2), qkvz, "layer")
         return list(calls)
 
@@ -82,6 +91,32 @@ def test_all_else_takes_vllms_core_and_the_norm(step: Any, change: dict[str, Any
     assert step(**DECODE | change) == ["vLLM's core", "norm"]
     assert step(**DECODE) == ["kernel"]
     assert step(**DECODE | change) == ["vLLM's core", "norm"], "a step that was normalised says nothing of the next"
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ({"num_prefills": 1}, [3]),
+        ({"num_prefills": 1, "num_actual_tokens": 4}, []),
+        ({"num_prefills": 1, "spec_sequence_masks": torch.ones(3)}, [0, 1, 2, 3]),
+        ({"num_decodes": 0}, [0, 1, 2, 3]),
+        ({}, [0, 1, 2, 3]),
+    ],
+    ids=["prefill", "no padding", "speculation", "nothing to do", "a decode by vLLM's kernels"],
+)
+def test_zeros_are_written_where_vllms_code_may_write_nothing(
+    step: Any, change: dict[str, Any], rows: list[int]
+) -> None:
+    step.layer.gdn.decode.ways = {4: "stock"}
+    step(**DECODE | change)
+    assert step.zeros == rows
+
+
+def test_the_kernel_writes_all_but_padding(step: Any) -> None:
+    step(**DECODE)
+    assert step.zeros_at_last == [3]
+    step()
+    assert step.zeros_at_last == [0, 1, 2, 3], "a dry run computes nothing"
 
 
 def test_b_and_a_are_copied_where_they_lie_too_far_apart_for_vllms_kernel(
@@ -185,3 +220,31 @@ def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(monkeyp
         torch._dynamo.reset()
     assert torch.allclose(got, want, rtol=1e-5)
     assert places == [core.data_ptr()]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_forward_hands_both_projections_to_the_core_and_the_result_to_out_proj(
+    step: Any, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as host
+
+    from vllm_gdn_plugin.run import decode
+
+    layer, qkvz, ba = step.layer, torch.randn(ROWS, QKV + HEADS * DIM), torch.randn(ROWS, 2 * HEADS)
+    layer.num_v_heads, layer.tp_size, layer.head_v_dim = 2 * HEADS, 2, DIM
+    layer.out_proj = lambda x: (x * 2, None)
+
+    def core(mixed_qkvz: Any, ba: Any, core_attn_out: Any) -> None:
+        assert core_attn_out.shape == (ROWS, HEADS, DIM)
+        core_attn_out.copy_((mixed_qkvz[:, QKV:] + ba.sum()).unflatten(-1, (HEADS, DIM)))
+
+    layer._forward_core_fused_norm_packed = core
+    context = SimpleNamespace(no_compile_layers={"layer": layer}, attn_metadata=None)
+    monkeypatch.setattr(host, "get_forward_context", lambda: context)
+    monkeypatch.setattr(decode, "normalise", lambda _, flat, __: flat.add_(1))
+    try:
+        forward = torch.compile(decode.forward_packed, fullgraph=True) if compiled else decode.forward_packed
+        got = forward(layer, qkvz, ba)
+    finally:
+        torch._dynamo.reset()
+    assert torch.allclose(got, 2 * (qkvz[:, QKV:] + ba.sum() + 1))

@@ -90,7 +90,9 @@ class QwenGatedDeltaNetAttention:
         return self._output_projection(mixed_qkvz, ba)
 
     def _forward_core(self, mixed_qkv, b, a, core_attn_out):
-        attn_metadata = get_forward_context().attn_metadata[self.prefix]
+        attn_metadata = get_forward_context().attn_metadata.get(self.prefix)
+        if attn_metadata is None:
+            return
         if (
             self.enable_packed_recurrent_decode
             and attn_metadata.spec_sequence_masks is None
@@ -99,7 +101,11 @@ class QwenGatedDeltaNetAttention:
         ):
             return self._forward_core_decode_non_spec(mixed_qkv, b, a, core_attn_out, attn_metadata)
         a_prefill = a[: attn_metadata.num_actual_tokens]
-        core_attn_out.copy_(fused_post_conv_prep(conv_output=mixed_qkv, a=a_prefill, b=b.index_select(0, rows)))
+        core_attn_out_non_spec = fused_post_conv_prep(conv_output=mixed_qkv, a=a_prefill, b=b.index_select(0, rows))
+        if spec_sequence_masks is not None:
+            core_attn_out[:num_actual_tokens] = core_attn_out_spec.squeeze(0)
+        else:
+            core_attn_out[:num_actual_tokens] = core_attn_out_non_spec.squeeze(0)
 
     def _forward_core_decode_non_spec(self, mixed_qkv, b, a, core_attn_out, attn_metadata):
         conv_state = self.kv_cache[0].transpose(-1, -2)
@@ -153,6 +159,18 @@ BREACHES = {
         "        mixed_qkv = causal_conv1d_update(mixed_qkv, conv_state, self.conv1d.weight)\n",
         "",
         "once each",
+    ),
+    "another forward": ("forward_cuda(self, hidden", "forward_cuda(self, x, hidden", "forward_cuda is not a method of"),
+    "rows that nothing writes": (
+        "[:num_actual_tokens] = core_attn_out_non_spec",
+        "[:num_prefill_tokens] = core_attn_out_non_spec",
+        "does not write every row",
+    ),
+    "other rows in another case": ("spec_sequence_masks is not None", "num_prefills > 1", "does not write every row"),
+    "an end before all is written": (
+        "        a_prefill =",
+        "        if not attn_metadata.num_prefills:\n            return\n        a_prefill =",
+        "does not write every row",
     ),
     "another taker": ("fused_post_conv_prep(conv", "gates(conv", "_forward_core hands b or a to gates"),
     "another cache": ("self.kv_cache[0]", "self.cache[0]", "kv_cache as expected"),

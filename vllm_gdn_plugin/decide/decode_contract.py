@@ -20,6 +20,7 @@ PACKED_CORE = "_forward_core_fused_norm_packed"
 DECODE = "_forward_core_decode_non_spec"
 
 SIGNATURES = {
+    "forward_cuda": ["self", "hidden_states"],
     PACKED_CORE: ["self", "mixed_qkvz", "ba", "core_attn_out"],
     "_forward_core": ["self", "mixed_qkv", "b", "a", "core_attn_out"],
     DECODE: ["self", "mixed_qkv", "b", "a", "core_attn_out", "attn_metadata"],
@@ -31,6 +32,9 @@ KERNELS = ("causal_conv1d_update", "fused_recurrent_gated_delta_rule_packed_deco
 """What vLLM decodes with, one after the other."""
 
 PURE_DECODE = ("spec_sequence_masks is None", "num_prefills == 0", "num_decodes > 0")
+EVERY_ROW = "core_attn_out[:num_actual_tokens] = core_attn_out_non_spec.squeeze(0)"
+"""How ``_forward_core`` ends where nothing is speculated."""
+
 HELPERS = {
     "vllm.forward_context": ("ForwardContext.attn_metadata", "ForwardContext.cudagraph_runtime_mode"),
     "vllm.model_executor.layers.mamba.mamba_utils": ("is_conv_state_dim_first",),
@@ -74,6 +78,8 @@ def _breaches(layer: ast.ClassDef, module: ast.Module, metadata: ast.Module) -> 
         if name not in methods or [a.arg for a in methods[name].args.args] != expected:
             yield f"{name} is not a method of {', '.join(expected)}"
             return
+    if not _writes_every_row(methods["_forward_core"]):
+        yield "_forward_core does not write every row of a batch with prefills"
     if not _takes_packed_branch(methods["forward_cuda"]):
         yield f"forward_cuda has no branch of {' or '.join(FLAGS)} that runs {PACKED_OP} and then out_proj"
     ops = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == PACKED_OP]
@@ -150,6 +156,19 @@ def _decodes_by(core: ast.FunctionDef) -> bool:
             returns = [n for n in branch.body if isinstance(n, ast.Return) and n.value is not None]
             return len(branch.body) == len(returns) == 1 and _calls(returns[0], DECODE) == 1
     return False
+
+
+def _writes_every_row(core: ast.FunctionDef) -> bool:
+    """Of a batch with prefills and without speculation."""
+    early = {id(n) for n in ast.walk(core) if isinstance(n, ast.Return)}
+    for branch in (n for n in core.body if isinstance(n, ast.If)):
+        test = ast.unparse(branch.test)
+        if test in ("attn_metadata is None", "attn_metadata_raw is None") or f"attn_metadata.{PURE_DECODE[1]}" in test:
+            early -= {id(n) for n in ast.walk(branch)}
+    last = core.body[-1:]
+    while len(last) == 1 and isinstance(last[0], ast.If) and "spec_sequence_masks is not None" in ast.unparse(last[0].test):
+        last = last[0].orelse
+    return not early and [ast.unparse(n) for n in last] == [EVERY_ROW]
 
 
 def _calls(code: ast.AST, name: str) -> int:

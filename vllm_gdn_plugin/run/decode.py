@@ -1,11 +1,12 @@
 """Where the decode kernel runs: in vLLM's packed branch, which hands ``qkvz`` and ``ba`` whole to one op.
 
 vLLM 0.28 and later have in ``forward_cuda`` a branch whose op calls ``_forward_core_fused_norm_packed``, and then
-``out_proj``. The plugin takes that branch, overrides that method (:func:`run_core`) and puts an op of its own before
-``out_proj`` (``gdn_gated_norm``). For a batch that only decodes, the method runs the kernel, which also normalises, and
-the op has nothing to do. For all else the method runs vLLM's own code without the norm, and the op normalises: in
-piecewise CUDA graphs its kernel is captured. A prefill waits for the CPU, so what runs in one does as little as it can;
-b and a go to vLLM's code as they are, columns of one tensor, which its other branch copies.
+``out_proj``. :func:`forward_packed` is that branch, with two changes: the core's result is not filled with zeros
+beforehand, and an op before ``out_proj`` normalises (``gdn_gated_norm``). The plugin overrides that method
+(:func:`run_core`). For a batch that only decodes, it runs the kernel, which writes every row and also normalises, and
+the op has nothing to do. For all else it runs vLLM's own code without the norm, and the op normalises: in piecewise
+CUDA graphs its kernel is captured. A prefill waits for the CPU, so what runs in one does as little as it can; b and a
+go to vLLM's code as they are, columns of one tensor, which its other branch copies.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import LayerNameType, direct_register_custom_op
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, direct_register_custom_op
 
 from vllm_gdn_plugin.host.layers import attention_metadata, in_piecewise_graph, layer_by_name
 from vllm_gdn_plugin.host.streams import is_captured
@@ -57,14 +58,32 @@ class Decode:
         return at(self.ways, num_tokens, by_rule) == KERNEL
 
 
+def forward_packed(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> torch.Tensor:
+    """All of a layer's forward behind its projections.
+
+    Args:
+        mixed_qkvz: (num_tokens, qkv + HV * 128), rows of any stride.
+        ba: (num_tokens, outputs of ``in_proj_ba``), rows of any stride.
+    """
+    core_attn_out = torch.empty(
+        (mixed_qkvz.shape[0], layer.num_v_heads // layer.tp_size, layer.head_v_dim),
+        dtype=mixed_qkvz.dtype,
+        device=mixed_qkvz.device,
+    )
+    name = _encode_layer_name(layer.prefix)
+    torch.ops.vllm.qwen_gdn_attention_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out, layer_name=name)
+    flat = core_attn_out.flatten(-2)
+    torch.ops.vllm_gdn_plugin.gdn_gated_norm(flat, mixed_qkvz, name)
+    return layer.out_proj(flat)[0]
+
+
 def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor, core_attn_out: torch.Tensor) -> None:
     """In place of ``_forward_core_fused_norm_packed``: the same, but for the norm of what is not decoded here.
 
     Args:
         stock: vLLM's class of the layer.
-        mixed_qkvz: (num_tokens, qkv + HV * 128), rows of any stride.
-        ba: (num_tokens, outputs of ``in_proj_ba``), rows of any stride.
-        core_attn_out: (num_tokens, HV, 128), zeros. Rows beyond the step's own stay zeros.
+        mixed_qkvz, ba: see :func:`forward_packed`.
+        core_attn_out: (num_tokens, HV, 128), not initialised. Rows beyond the step's own become zeros, as in vLLM.
     """
     decode = layer.gdn.decode
     decode.normalised = False
@@ -73,12 +92,13 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
         decode.counters = new_counters(layer, core_attn_out)
     metadata = attention_metadata(layer)
     if metadata is None:  # a dry run, in which vLLM warms its kernels up
+        core_attn_out.zero_()
         stock._forward_core_fused_norm_packed(layer, mixed_qkvz, ba, core_attn_out)
         return
     b, a = layer.split_ba(ba)
-    decodes_only = not metadata.num_prefills and metadata.num_decodes and metadata.spec_sequence_masks is None
-    if decodes_only and decode.takes(metadata.num_actual_tokens) and not in_piecewise_graph():
-        tokens = metadata.num_actual_tokens
+    tokens, plain = metadata.num_actual_tokens, metadata.spec_sequence_masks is None
+    decodes_only = plain and not metadata.num_prefills and metadata.num_decodes
+    if decodes_only and decode.takes(tokens) and not in_piecewise_graph():
         try:
             run_kernel(
                 layer,
@@ -90,15 +110,24 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
                 metadata.non_spec_state_indices_tensor[:tokens],
                 core_attn_out[:tokens],
             )
+            zero_rows(core_attn_out, tokens)
             decode.normalised = True
             return
         except Exception as error:
             decode.broken = True
             warn_once("the decode kernel failed and is left out", unexpected(error))
+    # vLLM's code writes each of the step's rows where there are prefills and no speculation (the contract checks it).
+    zero_rows(core_attn_out, tokens if plain and metadata.num_prefills else 0)
     if ba.shape[0] * ba.stride(0) >= INT32:
         b, a = b.contiguous(), a.contiguous()
     _, value_heads, dim = core_attn_out.shape
     layer._forward_core(mixed_qkvz[:, : mixed_qkvz.shape[1] - value_heads * dim], b, a, core_attn_out)
+
+
+def zero_rows(core_attn_out: torch.Tensor, start: int) -> None:
+    """Write zeros to the rows from ``start`` on, if there are any."""
+    if start < core_attn_out.shape[0]:
+        core_attn_out[start:].zero_()
 
 
 def new_counters(layer: Any, core_attn_out: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import _encode_layer_name
 
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, SERIAL
 from vllm_gdn_plugin.report import warn_once
-from vllm_gdn_plugin.run.decode import Decode, run_core
+from vllm_gdn_plugin.run.decode import Decode, forward_packed, run_core
 from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS, project_side_by_side
 from vllm_gdn_plugin.run.fused import FusedWeight
 from vllm_gdn_plugin.tune.choose import at
@@ -61,31 +60,22 @@ class ProjectedLayer:
         return self._ba, None
 
 
-class DecodedLayer(ProjectedLayer):
-    """The same for a layer with the decode kernel: it takes vLLM's packed branch, with an op before ``out_proj``."""
-
-    enable_fused_gdn_decode = True  # 0.28 to 0.31
-    enable_fused_gdn_spec_decode = True  # 0.32 and later
-
-    def out_proj(self, core_attn_out: torch.Tensor) -> Any:
-        torch.ops.vllm_gdn_plugin.gdn_gated_norm(core_attn_out, self._qkvz, _encode_layer_name(self._layer.prefix))
-        return self._layer.out_proj(core_attn_out)
-
-
-def project(layer: Any, hidden_states: torch.Tensor) -> Any:
-    """What the stock forward runs on: the layer itself where its strategy is serial, else its stand-in."""
+def projected(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What both projections give, by the layer's strategy."""
     gdn = layer.gdn
     if gdn.strategy == FUSED and not torch.compiler.is_compiling() and not gdn.fused.is_of(layer):
         warn_once(NOT_IN_PLACE, "a weight of its projections was replaced or moved after loading")
         gdn.strategy = SERIAL
-    if gdn.strategy == SERIAL and gdn.decode is None:
-        return layer
-    stand_in = ProjectedLayer if gdn.decode is None else DecodedLayer
     if gdn.strategy == FUSED:
-        return stand_in(layer, *gdn.fused.project(hidden_states))
+        return gdn.fused.project(hidden_states)
     if gdn.strategy == DUAL_STREAM:
-        return stand_in(layer, *project_side_by_side(layer, hidden_states))
-    return stand_in(layer, layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0])
+        return project_side_by_side(layer, hidden_states)
+    return layer.in_proj_qkvz(hidden_states)[0], layer.in_proj_ba(hidden_states)[0]
+
+
+def stand_in(layer: Any, hidden_states: torch.Tensor) -> Any:
+    """What the stock forward runs on: the layer itself where its strategy is serial."""
+    return layer if layer.gdn.strategy == SERIAL else ProjectedLayer(layer, *projected(layer, hidden_states))
 
 
 def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
@@ -107,12 +97,14 @@ def make_layer_class(stock: Any, adopt: Callable[[Any], None]) -> Any:
 
         # The stock function is called through its class: Dynamo does not trace super().forward_cuda.__func__.
         def forward_cuda(self, hidden_states: torch.Tensor, *output: torch.Tensor) -> Any:
-            return stock.forward_cuda(project(self, hidden_states), hidden_states, *output)
+            if self.gdn.decode is not None:
+                return forward_packed(self, *projected(self, hidden_states))
+            return stock.forward_cuda(stand_in(self, hidden_states), hidden_states, *output)
 
         if hasattr(stock, "forward_cpu"):
 
             def forward_cpu(self, hidden_states: torch.Tensor, *output: torch.Tensor) -> Any:
-                return stock.forward_cpu(project(self, hidden_states), hidden_states, *output)
+                return stock.forward_cpu(stand_in(self, hidden_states), hidden_states, *output)
 
         if hasattr(stock, "_forward_core_fused_norm_packed"):
 
