@@ -501,7 +501,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", help="separated by commas")
     parser.add_argument("--variants", default=",".join(VARIANTS), help=f"of {', '.join(VARIANTS)}; separated by commas")
     parser.add_argument(
-        "--zeros", action=argparse.BooleanOptionalAction, default=True, help="fill out first, as vLLM does"
+        "--zeros", action="store_true", help="fill the kernel's output first, as vLLM's packed branch does"
     )
     parser.add_argument("--rounds", type=int, default=11, help="replays of each graph that count")
     parser.add_argument("--steps", type=int, default=100, help="of check")

@@ -276,9 +276,11 @@ def trace(options: argparse.Namespace) -> None:
         skip_tokenizer_init=True,
         language_model_only=True,
         enable_prefix_caching=False,
-        max_model_len=max(2048, options.prefill + WARM_UP_TOKENS),
-        max_num_seqs=options.batch,
-        **options.engine,
+        **{
+            "max_model_len": max(2048, options.prefill + WARM_UP_TOKENS),
+            "max_num_seqs": options.batch,
+            **options.engine,
+        },
     )
     length = options.prefill or PROMPT_TOKENS
     prompts = [{"prompt_token_ids": [(n + 7 * i) % 256 for i in range(length)]} for n in range(options.batch)]

@@ -24,7 +24,7 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     found: dict[str, dict[str, Any]] = {}
     for model in models:
-        for name in ("stock", "dual_stream", "fused"):
+        for name in ("stock", "dual_stream", "fused", "decode"):
             switch_plugin(SETTINGS[name])
             before = vars(compilation_counter).copy()
             llm = LLM(

@@ -274,7 +274,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
+@pytest.mark.parametrize("strategy", ["dual_stream", "fused", "decode"])
 def test_there_are_as_many_compiled_artifacts_as_in_stock(artifacts: list[dict[str, Any]], strategy: str) -> None:
     """dual_stream's fork and join lie within a piece, so that there are as many pieces as stock has: 6 and 8 of vLLM
     0.33, which has one for each that differs."""

@@ -156,9 +156,9 @@ def test_no_tokens() -> None:
 
 
 def test_the_variant_of_a_batch() -> None:
-    """MANY from the 256th key head on, and it leaves the counters alone."""
-    assert [variant_for(n, 16) for n in (1, 15, 16, 512)] == [FEW, FEW, MANY, MANY]
-    assert [variant_for(n, 4) for n in (16, 63, 64)] == [FEW, FEW, MANY]
+    """MANY from the 128th key head on, and it leaves the counters alone."""
+    assert [variant_for(n, 16) for n in (1, 7, 8, 512)] == [FEW, FEW, MANY, MANY]
+    assert [variant_for(n, 4) for n in (16, 31, 32)] == [FEW, FEW, MANY]
     step = make_step(2, 4, [1], slots=2, device=DEVICE)
     old, counters = before(step), torch.full((2,), 7, dtype=torch.int32, device=DEVICE)
     out = torch.empty(1, 4, DIM, dtype=BF16, device=DEVICE)

@@ -30,9 +30,9 @@ WARPS = 4
 CHUNK_BYTES = 128
 """Of the 128 keys of a row of the state, what 8 threads load together, 16 bytes each. They add up their own products
 before they exchange sums: 3 times a row, where 32 threads a row would do it 5 times, each for a quarter of the rows."""
-ENOUGH_PROGRAMS = 256
-"""Of MANY, to keep a GPU busy: about two for each of an H200's 132 multiprocessors. There a layer of 27B (16 key
-heads, float32 state) takes, between its GEMMs, 14.5 us by FEW and 16.4 by MANY with 4 tokens, 38.1 and 35.6 with 16."""
+ENOUGH_PROGRAMS = 128
+"""Of MANY, to keep a GPU busy: about one for each of an H200's 132 multiprocessors. There a layer of 27B (16 key
+heads, float32 state) takes, between its GEMMs, 13.5 us by FEW and 15.7 by MANY with 4 tokens, 23.0 and 22.0 with 8."""
 
 _DIM = tl.constexpr(HEAD_DIM)
 _TAPS = tl.constexpr(CONV_WIDTH)

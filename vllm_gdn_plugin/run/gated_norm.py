@@ -10,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-HEADS = 4
-"""Heads of a program."""
+HEADS, WARPS = 4, 2
+"""Of a program. So a thread has 8 numbers side by side, which is what it loads at once: 74.8 us for a prefill of 8192
+tokens of 27B on an H200, where 4 warps take 85.2."""
 
 ALIGNED = 16
 """Bytes. Triton compiles for pointers that are multiples of it, or are not."""
@@ -79,5 +80,5 @@ class GatedNorm:
         if kept is not None and is_aligned and kept[0] == kind:
             kept[1][grid](*arguments)
             return
-        compiled = _norm[grid](*arguments, num_warps=HEADS)
+        compiled = _norm[grid](*arguments, num_warps=WARPS)
         self.kept = None if compiled is None else (kind, compiled)  # Triton's interpreter gives none
