@@ -71,7 +71,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Any:
         qkvz, out = torch.randn(ROWS, QKV + HEADS * DIM), torch.full((ROWS, HEADS, DIM), torch.nan)
         decode.run_core(Stock, layer, qkvz, ba, out)
         run.zeros_at_last = zeros(out)  # type: ignore[attr-defined]
-        decode.gdn_gated_norm(out.flatten(-2), qkvz, "layer")
+        decode.gdn_gated_norm(out, qkvz, "layer")
         return list(calls)
 
     run.layer = layer  # type: ignore[attr-defined]
@@ -190,8 +190,13 @@ def test_the_norm_op_says_what_it_changes() -> None:
     assert not schema.returns
 
 
-def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No copy is made of what the core gave: vLLM's functionalization and Inductor see that it may be changed."""
+@pytest.mark.parametrize("version_2", [False, True], ids=["as in vLLM", "as PyTorch has it by default"])
+def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(
+    monkeypatch: pytest.MonkeyPatch, version_2: bool
+) -> None:
+    """No copy is made of what the core gave: functionalization and Inductor see that it may be changed."""
+    import torch._inductor.config
+
     from vllm.utils.torch_utils import _encode_layer_name
 
     from vllm_gdn_plugin.run import decode
@@ -207,15 +212,17 @@ def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(monkeyp
     monkeypatch.setattr(decode, "layer_by_name", lambda name: layer)
 
     def piece(core: Any, qkvz: Any, weight: Any, name: Any) -> Any:
-        flat = core.flatten(-2)
-        torch.ops.vllm_gdn_plugin.gdn_gated_norm(flat, qkvz, name)
-        return torch.nn.functional.linear(flat, weight)
+        torch.ops.vllm_gdn_plugin.gdn_gated_norm(core, qkvz, name)
+        return torch.nn.functional.linear(core.flatten(-2), weight)
 
     core, weight = torch.randn(ROWS, HEADS, DIM), torch.randn(8, HEADS * DIM)
     want = torch.nn.functional.linear(2 * core.flatten(-2), weight)
     qkvz, name = torch.randn(ROWS, QKV + HEADS * DIM), _encode_layer_name("layer")
+    for tensor in (core, qkvz):
+        torch._dynamo.mark_dynamic(tensor, 0)
     try:
-        got = torch.compile(piece, fullgraph=True)(core, qkvz, weight, name)
+        with torch._inductor.config.patch(enable_auto_functionalized_v2=version_2):
+            got = torch.compile(piece, fullgraph=True)(core, qkvz, weight, name)
     finally:
         torch._dynamo.reset()
     assert torch.allclose(got, want, rtol=1e-5)
@@ -241,7 +248,7 @@ def test_the_forward_hands_both_projections_to_the_core_and_the_result_to_out_pr
     layer._forward_core_fused_norm_packed = core
     context = SimpleNamespace(no_compile_layers={"layer": layer}, attn_metadata=None)
     monkeypatch.setattr(host, "get_forward_context", lambda: context)
-    monkeypatch.setattr(decode, "normalise", lambda _, flat, __: flat.add_(1))
+    monkeypatch.setattr(decode, "normalise", lambda _, core, __: core.add_(1))
     try:
         forward = torch.compile(decode.forward_packed, fullgraph=True) if compiled else decode.forward_packed
         got = forward(layer, qkvz, ba)

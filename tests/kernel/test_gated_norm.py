@@ -34,7 +34,7 @@ def test_what_was_compiled_is_launched_again_and_nothing_else(monkeypatch: pytes
 
     class Compiled:
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *arguments: kernel[grid](*arguments, num_warps=gated_norm.HEADS)
+            return lambda *arguments: kernel[grid](*arguments, num_warps=gated_norm.WARPS)
 
     class Kernel:
         def __getitem__(self, grid: Any) -> Any:
@@ -64,24 +64,24 @@ def tensors(
     """What the core gave, what the projection gave, as a fused GEMM gives it, and the norm's weight."""
     torch.manual_seed(0)
     size = heads * DIM
-    core = torch.randn(shift + tokens * size, dtype=torch.bfloat16, device=DEVICE)[shift:].view(tokens, size)
+    core = torch.randn(shift + tokens * size, dtype=torch.bfloat16, device=DEVICE)[shift:].view(tokens, heads, DIM)
     mixed = torch.randn(tokens, 2 * size + padding, dtype=torch.bfloat16, device=DEVICE)[:, : 2 * size]
     return core, mixed, torch.randn(DIM, device=DEVICE).to(weight_dtype)
 
 
 def exact(core: torch.Tensor, mixed: torch.Tensor, weight: torch.Tensor, sigmoid: bool) -> torch.Tensor:
-    x, z = (t.double().reshape(len(core), -1, DIM) for t in (core, mixed[:, core.shape[1] :]))
+    x, z = (t.double().reshape(len(core), -1, DIM) for t in (core, mixed[:, core[0].numel() :]))
     want = x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight.double()
     return want * torch.sigmoid(z) * (1 if sigmoid else z)
 
 
 def difference(core: torch.Tensor, want: torch.Tensor) -> float:
-    return float((core.double().view_as(want) - want).norm() / want.norm())
+    return float((core.double() - want).norm() / want.norm())
 
 
 def test_a_head_of_zeros_stays_zeros() -> None:
     from vllm_gdn_plugin.run.gated_norm import GatedNorm
 
-    core = torch.zeros(2, DIM, dtype=torch.bfloat16, device=DEVICE)
-    GatedNorm(EPS, sigmoid=False)(core, torch.randn_like(core), torch.ones(DIM, device=DEVICE))
+    core = torch.zeros(2, 1, DIM, dtype=torch.bfloat16, device=DEVICE)
+    GatedNorm(EPS, sigmoid=False)(core, torch.randn_like(core).flatten(-2), torch.ones(DIM, device=DEVICE))
     assert not core.any()

@@ -72,9 +72,8 @@ def forward_packed(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> to
     )
     name = _encode_layer_name(layer.prefix)
     torch.ops.vllm.qwen_gdn_attention_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out, layer_name=name)
-    flat = core_attn_out.flatten(-2)
-    torch.ops.vllm_gdn_plugin.gdn_gated_norm(flat, mixed_qkvz, name)
-    return layer.out_proj(flat)[0]
+    torch.ops.vllm_gdn_plugin.gdn_gated_norm(core_attn_out, mixed_qkvz, name)
+    return layer.out_proj(core_attn_out.flatten(-2))[0]
 
 
 def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor, core_attn_out: torch.Tensor) -> None:
@@ -177,7 +176,9 @@ def gdn_gated_norm(core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor, layer_
     """Normalise what the core gave, in place, unless the decode kernel has done it.
 
     Args:
-        core_attn_out: (num_tokens, HV * 128), contiguous.
+        core_attn_out: (num_tokens, HV, 128), contiguous: the core's very tensor. A view of it would be copied, and the
+            result copied back, where a compiled graph is functionalized as vLLM does it (auto_functionalized, the first
+            version).
         mixed_qkvz: what ``in_proj_qkvz`` gave, with the gate in its last HV * 128 columns.
         layer_name: the layer's key in the forward context.
     """

@@ -63,19 +63,16 @@ class GatedNorm:
         """Run it.
 
         Args:
-            core: (num_tokens, heads * dim), contiguous.
+            core: (num_tokens, heads, dim), contiguous.
             mixed: (num_tokens, any + heads * dim), the gate in its last columns; rows of any stride.
             weight: (dim,), dim a power of two.
         """
-        num_tokens, size = core.shape
-        dim = weight.shape[0]
-        heads = num_tokens * (size // dim)
-        row_stride = mixed.stride(0)
-        gate = mixed.shape[1] - size
-        arguments = (core, mixed, weight, heads, row_stride, self.eps, gate, size // dim, dim, HEADS, self.sigmoid)
+        num_tokens, each, dim = core.shape
+        heads, row_stride, gate = num_tokens * each, mixed.stride(0), mixed.shape[1] - each * dim
+        arguments = (core, mixed, weight, heads, row_stride, self.eps, gate, each, dim, HEADS, self.sigmoid)
         grid = (triton.cdiv(heads, HEADS), 1, 1)
         is_aligned = (core.data_ptr() | mixed.data_ptr() | weight.data_ptr()) % ALIGNED == 0
-        kind = (is_aligned, size, dim, row_stride, gate, core.dtype, mixed.dtype, weight.dtype, core.device)
+        kind = (is_aligned, each, dim, row_stride, gate, core.dtype, mixed.dtype, weight.dtype, core.device)
         kept = self.kept
         if kept is not None and is_aligned and kept[0] == kind:
             kept[1][grid](*arguments)

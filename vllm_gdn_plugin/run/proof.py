@@ -71,7 +71,7 @@ class ScratchLayer:
             self, mixed_qkv=qkv, b=b, a=a, core_attn_out=out[:n], attn_metadata=metadata
         )
         if norm:
-            normalise(self, out[:n].flatten(-2), self.qkvz[:n])
+            normalise(self, out[:n], self.qkvz[:n])
 
     def normalise_by_vllm(self, stock: Any, out: torch.Tensor) -> None:
         gate = self.qkvz[:, self.conv1d.weight.shape[0] :].view_as(out)
