@@ -196,7 +196,6 @@ def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(
 ) -> None:
     """No copy is made of what the core gave: functionalization and Inductor see that it may be changed."""
     import torch._inductor.config
-
     from vllm.utils.torch_utils import _encode_layer_name
 
     from vllm_gdn_plugin.run import decode

@@ -36,6 +36,7 @@ SETTINGS = {
     "fused": {PLUGINS: NAME, STRATEGY: plan.FUSED, DECODE_KERNEL: "0"},
     "decode": {PLUGINS: NAME, STRATEGY: plan.FUSED, DECODE_KERNEL: "1"},
     "auto": {PLUGINS: NAME, STRATEGY: plan.AUTO, DECODE_KERNEL: "auto"},
+    "stock again": {PLUGINS: ""},
 }
 
 

@@ -32,6 +32,7 @@ KERNELS = ("causal_conv1d_update", "fused_recurrent_gated_delta_rule_packed_deco
 """What vLLM decodes with, one after the other."""
 
 PURE_DECODE = ("spec_sequence_masks is None", "num_prefills == 0", "num_decodes > 0")
+SPECULATION = "spec_sequence_masks is not None"
 EVERY_ROW = "core_attn_out[:num_actual_tokens] = core_attn_out_non_spec.squeeze(0)"
 """How ``_forward_core`` ends where nothing is speculated."""
 
@@ -165,10 +166,10 @@ def _writes_every_row(core: ast.FunctionDef) -> bool:
         test = ast.unparse(branch.test)
         if test in ("attn_metadata is None", "attn_metadata_raw is None") or f"attn_metadata.{PURE_DECODE[1]}" in test:
             early -= {id(n) for n in ast.walk(branch)}
-    last = core.body[-1:]
-    while len(last) == 1 and isinstance(last[0], ast.If) and "spec_sequence_masks is not None" in ast.unparse(last[0].test):
-        last = last[0].orelse
-    return not early and [ast.unparse(n) for n in last] == [EVERY_ROW]
+    end: list[ast.stmt] = core.body[-1:]
+    while len(end) == 1 and isinstance(end[0], ast.If) and SPECULATION in ast.unparse(end[0].test):
+        end = end[0].orelse
+    return not early and [ast.unparse(n) for n in end] == [EVERY_ROW]
 
 
 def _calls(code: ast.AST, name: str) -> int:

@@ -60,8 +60,8 @@ class ProjectedLayer:
         return self._ba, None
 
 
-def projected(layer: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What both projections give, by the layer's strategy."""
+def projected(layer: Any, hidden_states: torch.Tensor) -> Any:
+    """``(qkvz, ba)``, by the layer's strategy."""
     gdn = layer.gdn
     if gdn.strategy == FUSED and not torch.compiler.is_compiling() and not gdn.fused.is_of(layer):
         warn_once(NOT_IN_PLACE, "a weight of its projections was replaced or moved after loading")
