@@ -1,8 +1,8 @@
 """Keep what a bench found in benchmarks/results, in a form that is small enough for the tree.
 
-    python tools/keep.py FILE.json NAME
+    python tools/keep.py FILE.json ... NAME
 
-FILE.json is what a bench or in_process.py wrote. Writes benchmarks/results/NAME.md, its report,
+FILE.json is what a bench or in_process.py wrote; several are of one bench, for other models or ranks. Writes benchmarks/results/NAME.md, its report,
 and NAME.json: medians, intervals and counts, versions and the command, and the samples themselves where they take less
 than SAMPLES_KB. The README and docs quote these files alone.
 """
@@ -63,12 +63,30 @@ def of_engines(run: EngineRun) -> dict[str, Any]:
     return found
 
 
-def keep(path: Path, name: str) -> None:
-    run = load(path)
+def same(run: Run) -> tuple[object, ...]:
+    """What the runs of one table have in common; the bandwidth is measured anew in each."""
+    machine = asdict(run.machine) | {"bandwidth_gb_s": None}
+    return machine, run.section, run.precision, run.rounds
+
+
+def together(first: Path, *others: Path) -> tuple[Run | EngineRun, dict[str, Any]]:
+    """The run of all files, and its JSON. Raises ValueError where they are not of one bench."""
+    run, data = load(first), json.loads(first.read_text(encoding="utf-8"))
+    for path in others:
+        other = load(path)
+        if not isinstance(run, Run) or not isinstance(other, Run) or same(other) != same(run):
+            raise ValueError(f"{path} does not go with {first}")
+        run.points += other.points
+        run.command += f"; {other.command}"
+        data["points"] += json.loads(path.read_text(encoding="utf-8"))["points"]
+    return run, data | {"command": run.command}
+
+
+def keep(paths: list[Path], name: str) -> None:
+    run, data = together(*paths)
     is_section = isinstance(run, Run)
     text = table.markdown(run) if is_section else engine_table.markdown(run)
     (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    data = json.loads(path.read_text(encoding="utf-8"))
     many = "points" if is_section else "samples"
     samples = data.pop(many)
     data["summary"] = of_section(run) if is_section else of_engines(run)
@@ -78,5 +96,5 @@ def keep(path: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    source, result = sys.argv[1:]
-    keep(Path(source), result)
+    *sources, result = sys.argv[1:]
+    keep([Path(source) for source in sources], result)
