@@ -2,9 +2,9 @@
 
     python tools/keep.py FILE.json ... NAME
 
-FILE.json is what a bench or in_process.py wrote; several are of one bench, for other models or ranks. Writes benchmarks/results/NAME.md, its report,
-and NAME.json: medians, intervals and counts, versions and the command, and the samples themselves where they take less
-than SAMPLES_KB. The README and docs quote these files alone.
+FILE.json is what a bench or in_process.py wrote; several are of one bench, for other models or ranks. Writes
+benchmarks/results/NAME.md, its report, and NAME.json: medians, intervals and counts, versions and the command, and the
+samples themselves where they take less than SAMPLES_KB. The README and docs quote these files alone.
 """
 
 import json

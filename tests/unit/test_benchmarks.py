@@ -442,7 +442,7 @@ def test_what_is_kept_has_medians_and_intervals_and_samples_only_where_they_are_
         run.add(number, "off", "concurrency 1", {"tpot_ms": 10.0})
         run.add(number, "auto", "concurrency 1", {"tpot_ms": 9.5})
     run.save(tmp_path / "raw.json")
-    keep.keep(tmp_path / "raw.json", "kept")
+    keep.keep([tmp_path / "raw.json"], "kept")
     kept = json.loads((tmp_path / "kept.json").read_text())
     cell = {"median": 9.5, "low": 9.5, "high": 9.5, "samples": 12, "change": [-5.0, -5.0, -5.0]}
     assert kept["summary"]["tpot_ms"]["concurrency 1"]["auto"] == cell
@@ -450,8 +450,30 @@ def test_what_is_kept_has_medians_and_intervals_and_samples_only_where_they_are_
     assert load(tmp_path / "kept.json") == load(tmp_path / "raw.json")
     assert "-5.0 %" in (tmp_path / "kept.md").read_text()
     monkeypatch.setattr(keep, "SAMPLES_KB", 0)
-    keep.keep(tmp_path / "raw.json", "kept")
+    keep.keep([tmp_path / "raw.json"], "kept")
     assert "samples" not in json.loads((tmp_path / "kept.json").read_text())
+
+
+@needs("numpy", "scipy")
+def test_the_runs_of_several_models_become_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import keep
+
+    from vllm_gdn_plugin.bench.results import LAYER, Machine, Point, Run
+    from vllm_gdn_plugin.bench.shapes import Shape
+
+    monkeypatch.setattr(keep, "RESULTS", tmp_path)
+    for name, precision in (("one", "bf16"), ("two", "bf16"), ("three", "fp8")):
+        times = {LAYER.baseline: [2.0, 2.0, 2.0], LAYER.limit: [1.0, 1.0, 1.0]}
+        run = Run(f"bench {name}", "", precision, 0, 3, Machine("cpu", "a CPU", "3.11", "0.1.0", "2.11"), LAYER)
+        run.points = [Point(Shape(name, 64, 32, 8), 1, 16, dict.fromkeys(times, 1), times)]
+        run.save(tmp_path / f"{name}.json")
+    keep.keep([tmp_path / "one.json", tmp_path / "two.json"], "kept")
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert list(kept["summary"]) == ["one, TP 1", "two, TP 1"]
+    assert kept["command"] == "bench one; bench two"
+    assert "### two, TP 1" in (tmp_path / "kept.md").read_text()
+    with pytest.raises(ValueError, match="does not go with"):
+        keep.keep([tmp_path / "one.json", tmp_path / "three.json"], "kept")
 
 
 # switch_plugin.py, and what the machine is called
