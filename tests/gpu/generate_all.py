@@ -37,6 +37,7 @@ SETTINGS = {
     "decode": {PLUGINS: NAME, STRATEGY: plan.FUSED, DECODE_KERNEL: "1"},
     "auto": {PLUGINS: NAME, STRATEGY: plan.AUTO, DECODE_KERNEL: "auto"},
     "stock again": {PLUGINS: ""},
+    "differ": {PLUGINS: f"{NAME},ranks_differ", STRATEGY: plan.FUSED, DECODE_KERNEL: "auto"},
 }
 
 
@@ -108,13 +109,16 @@ def watch_scheduler() -> tuple[list[list[int]], list[str]]:
     return batches, preempted
 
 
-def layers(llm: Any) -> dict[str, Any]:
-    """What the plugin does with the GDN layers of this process, and what vLLM chose for them."""
-    known = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+def layers(worker: Any) -> dict[str, Any]:
+    """What the plugin does with the GDN layers of a rank, and what vLLM chose for them."""
+    known = worker.vllm_config.compilation_config.static_forward_context.values()
     found = [layer for layer in known if hasattr(layer, "in_proj_ba")]
+    ours = [layer.gdn for layer in found if hasattr(layer, "gdn")]
     return {
-        "strategies": [layer.gdn.strategy for layer in found if hasattr(layer, "gdn")],
-        "decodes": [bool(layer.gdn.decode) for layer in found if hasattr(layer, "gdn")],
+        "strategies": [gdn.strategy for gdn in ours],
+        "rows": [gdn.fused.weight.shape[0] for gdn in ours if gdn.fused],
+        "decodes": [bool(gdn.decode) for gdn in ours],
+        "ways": [{str(n): way for n, way in gdn.decode.ways.items()} for gdn in ours if gdn.decode],
         "fused speculation": [bool(getattr(layer, "enable_fused_gdn_spec_decode", False)) for layer in found],
     }
 
@@ -152,7 +156,7 @@ def run(options: argparse.Namespace, forced: list[list[int]] | None) -> Any:
                 llm.wake_up(tags=["kv_cache"])
             llm.reset_prefix_cache()
             answers[when] = generate(llm, prompts, STEPS)
-    found = {"answers": answers} | layers(llm)
+    found = {"answers": answers, "ranks": llm.collective_rpc(layers)}
     del llm
     cleanup_dist_env_and_memory()
     return found

@@ -73,8 +73,8 @@ MODES = {
     "interleaved": Mode((), kind="qwen3_next"),
     "mixed": Mode(("auto",), kind="qwen3_next"),
     "sleep": Mode(),
-    "tp2": Mode(("decode", "auto"), {"tensor_parallel_size": 2}, spoken=True),
-    "tp2-eager": Mode(("decode",), {"tensor_parallel_size": 2, "enforce_eager": True}, spoken=True),
+    "tp2": Mode(("decode", "auto", "differ"), {"tensor_parallel_size": 2}, spoken=True),
+    "tp2-eager": Mode(("decode", "differ"), {"tensor_parallel_size": 2, "enforce_eager": True}, spoken=True),
 }
 
 
@@ -119,7 +119,13 @@ def generated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     if name == "sleep":
         options += ["--sleep", str(make_model(mode.kind, directory / "other", seed=1))]
         groups = [[name] for name in names]  # the allocator that can give memory back serves one engine of a process
-    env = os.environ | REPEATABLE | {RUNNER: "1" if released >= Version("0.29") else "0"} | mode.env
+    plugin = directory / "ranks_differ-0.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: ranks-differ\nVersion: 0\n")
+    (plugin / "entry_points.txt").write_text("[vllm.general_plugins]\nranks_differ = ranks_differ:register\n")
+    path = os.pathsep.join([str(HERE), str(directory), *filter(None, [os.environ.get("PYTHONPATH")])])
+    runner = {RUNNER: "1" if released >= Version("0.29") else "0"}
+    env = os.environ | REPEATABLE | runner | {"PYTHONPATH": path} | mode.env
     found: dict[str, Any] = {}
     for group in groups:
         command = [sys.executable, HERE / "generate_all.py", model, directory / "generated.json", *group, *options]
@@ -241,9 +247,20 @@ def test_each_strategy_was_at_work(generated: Generated) -> None:
             end = f".*; no decode kernel: .*{no_kernel}" if no_kernel and name == "decode" else ""
             line = rf"{strategy}{kernel} on {GDN_LAYERS} of {GDN_LAYERS} GDN layers \(platform cuda{end}"
             assert re.search(line, generated.log_of(name)), line
-            if not generated.mode.startswith("tp2"):
-                assert generated.found[name]["strategies"] == GDN_LAYERS * [strategy], name
-                assert name == "auto" or generated.found[name]["decodes"] == GDN_LAYERS * [bool(kernel)], name
+            for rank in generated.found[name]["ranks"]:
+                assert rank["strategies"] == GDN_LAYERS * [strategy], name
+                assert name == "auto" or rank["decodes"] == GDN_LAYERS * [bool(kernel)], name
+
+
+def test_ranks_that_timed_differently_capture_and_answer_together(generated: Generated) -> None:
+    """Their tokens: see above."""
+    if "differ" not in generated.found:
+        pytest.skip("there is one rank")
+    first, second = generated.found["differ"]["ranks"]
+    assert first["rows"] != second["rows"]
+    assert first["decodes"] == second["decodes"] == GDN_LAYERS * [True]
+    if "enforce_eager" not in MODES[generated.mode].engine:  # where nothing is captured, nothing is timed
+        assert first["ways"] != second["ways"]
 
 
 def test_vllm_s_kernel_for_speculation_reads_what_fused_gives(generated: Generated) -> None:
@@ -253,7 +270,7 @@ def test_vllm_s_kernel_for_speculation_reads_what_fused_gives(generated: Generat
     if not generated.mode.startswith("mtp") or Version(vllm.__version__) < Version("0.28"):
         pytest.skip("it is a kernel for speculation, of 0.28 and later")
     assert "Qwen3_5MTP" in generated.log
-    assert generated.found["fused"]["fused speculation"] == GDN_LAYERS * [True]
+    assert [rank["fused speculation"] for rank in generated.found["fused"]["ranks"]] == [GDN_LAYERS * [True]]
 
 
 def test_requests_give_way_and_start_anew(generated: Generated) -> None:
