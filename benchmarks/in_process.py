@@ -11,7 +11,8 @@ build, and how much GPU memory it took. MODEL is a directory, such as gpu_models
 
 - With `--starts 2` all of that is done twice: engines of each, `off-2` and so on, are built anew when the first are
   gone. What two starts differ by, no number of rounds takes away: the interval of the report holds that of each start.
-- With `--one-process` all engines are in one process, built one after the other: a host that is slow for one process
+- With `--one-process` all engines are in one process, built one after the other, at every second start from the last to
+  the first: what only the second in a process gains or loses is then in both. A host that is slow for one process
   and not for another then slows all alike. Nothing is said of start-up and memory then, since the first engine's hold
   what later ones find done. Else each has a process; stock starts first, then `auto`, which times what it chooses from
   alone, then the others at once.
@@ -249,13 +250,15 @@ def memory() -> dict[str, float]:
 def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) -> None:
     """Add to the run what the engines of each start show, one start after the other. Raises BenchError."""
     stock: Any = None
-    for start, names in groupby(run.variants, key=start_of):
+    for start, of_start in groupby(run.variants, key=start_of):
         with ExitStack() as kept:
             known: dict[str, Engine] = {}
-            for group in groups(list(names), options.one_process):
+            names = list(of_start)
+            for group in groups(names, options.one_process):
                 started: dict[str, Engine] = {}
                 for together in group:
                     started |= kept.enter_context(engines({name: run.variants[name] for name in together}, options))
+                started = {name: started[name] for name in names if name in started}
                 for name, this in started.items():
                     tokens, logprobs = this.ask({"probe": True})
                     found = [str(token) for token in tokens], logprobs
@@ -298,7 +301,8 @@ def add_round(run: EngineRun, known: Mapping[str, Engine], cases: Sequence[Case]
 def groups(names: Sequence[str], one_process: bool) -> list[list[list[str]]]:
     """The names of the engines in each process, in groups of processes that start at once."""
     if one_process:
-        return [[list(names)]]
+        is_second = int(start_of(names[0]) or 1) % 2 == 0
+        return [[list(names[::-1] if is_second else names)]]
     alone = [[[name]] for name in names if kind_of(name) in (OFF, AUTO)]
     others = [[name] for name in names if kind_of(name) not in (OFF, AUTO)]
     return [*alone, others] if others else alone
