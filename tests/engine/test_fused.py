@@ -202,9 +202,9 @@ def layer() -> Iterator[Layer]:
 
 def project(layer: Any, x: Any) -> Any:
     """Both projections, as the plugin's forward has them computed."""
-    from vllm_gdn_plugin.run.layer import project
+    from vllm_gdn_plugin.run.layer import stand_in
 
-    return two_projections(project(layer, x), x)
+    return two_projections(stand_in(layer, x), x)
 
 
 def two_projections(layer: Any, x: Any) -> Any:

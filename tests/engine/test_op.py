@@ -482,7 +482,7 @@ def distinct_pieces(known: list[Any]) -> int:
 
     def stack(x: Any) -> Any:
         for layer in known:
-            qkvz, ba = serial(layer_module.project(layer, x), x)
+            qkvz, ba = serial(layer_module.stand_in(layer, x), x)
             x = attention(qkvz[:, :HIDDEN] + ba.sum(-1, keepdim=True))
         return x
 
