@@ -116,6 +116,19 @@ def test_the_norm_beside_the_kernel_is_proven_too(monkeypatch: pytest.MonkeyPatc
     assert reason.startswith("the norm beside it differs")
 
 
+def test_what_the_kernel_is_timed_against_fills_with_zeros_as_the_layer_does() -> None:
+    from vllm_gdn_plugin.run.proof import ScratchLayer
+
+    class WritesNothing:
+        @staticmethod
+        def _forward_core_decode_non_spec(*args: Any, **named: Any) -> None: ...
+
+    scratch = ScratchLayer(make_layer(torch.float32, None), 3, 2)
+    out = torch.full_like(scratch.empty_output(), torch.nan)
+    scratch.decode_by_vllm(WritesNothing, torch.arange(1, 3, dtype=torch.int32), out)
+    assert not out.any()
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 4, 6])
 def test_whatever_is_timed_reads_its_slots_at_multiples_of_16_bytes(
     tokens: int, monkeypatch: pytest.MonkeyPatch

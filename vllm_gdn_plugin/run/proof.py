@@ -62,8 +62,13 @@ class ScratchLayer:
         run_kernel(self, self.qkvz[:n], b, a, *self.kv_cache, state_indices, out[:n])
 
     def decode_by_vllm(self, stock: Any, state_indices: torch.Tensor, out: torch.Tensor, norm: bool = True) -> None:
-        """What a layer with the kernel runs where it is slower: vLLM's two kernels, and the norm of the plugin."""
+        """What a layer with the kernel runs where it is slower: zeros, vLLM's two kernels, and the plugin's norm.
+
+        Without ``norm`` the two kernels alone.
+        """
         n = len(state_indices)
+        if norm:
+            out[:n].zero_()
         b, a = self.ba[:n].chunk(2, dim=-1)
         metadata = SimpleNamespace(num_actual_tokens=n, non_spec_state_indices_tensor=state_indices)
         qkv = self.qkvz[:n, : self.conv1d.weight.shape[0]]
