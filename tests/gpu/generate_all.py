@@ -41,6 +41,11 @@ SETTINGS = {
 }
 
 
+ONE_CONFIGURATION = {"triton.autotune_pointwise": False}
+"""Inductor times two of each pointwise kernel, for each engine anew, also where TORCHINDUCTOR_DETERMINISTIC=1. They
+need not round alike: by the tile another product of a sum is folded into the multiply-add (pytorch/torchtitan#4454)."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
@@ -143,7 +148,9 @@ def run(options: argparse.Namespace, forced: list[list[int]] | None) -> Any:
         "enable_sleep_mode": bool(options.sleep),
     }
     arguments |= {"enable_trace_replay": True} if options.forced else {}
-    llm = LLM(options.model, **arguments | options.arguments)
+    arguments |= options.arguments
+    compiled = {"inductor_compile_config": ONE_CONFIGURATION, **arguments.get("compilation_config", {})}
+    llm = LLM(options.model, **arguments | {"compilation_config": compiled})
     prompts = prompts_for(options)
     answers = {"first": generate(llm, prompts, STEPS, forced)}
     if not options.forced:
