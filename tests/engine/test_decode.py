@@ -229,9 +229,11 @@ def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_forward_hands_both_projections_to_the_core_and_the_result_to_out_proj(
+def test_the_forward_hands_both_projections_to_the_core_and_its_very_tensor_to_the_norm(
     step: Any, monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
+    """Functionalized as in vLLM."""
+    import torch._inductor.config
     from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as host
 
     from vllm_gdn_plugin.run import decode
@@ -242,15 +244,23 @@ def test_the_forward_hands_both_projections_to_the_core_and_the_result_to_out_pr
 
     def core(mixed_qkvz: Any, ba: Any, core_attn_out: Any) -> None:
         assert core_attn_out.shape == (ROWS, HEADS, DIM)
+        places.append(core_attn_out.data_ptr())
         core_attn_out.copy_((mixed_qkvz[:, QKV:] + ba.sum()).unflatten(-1, (HEADS, DIM)))
 
+    def norm(_: Any, core_attn_out: Any, __: Any) -> None:
+        places.append(core_attn_out.data_ptr())
+        core_attn_out.add_(1)
+
+    places: list[int] = []
     layer._forward_core_fused_norm_packed = core
     context = SimpleNamespace(no_compile_layers={"layer": layer}, attn_metadata=None)
     monkeypatch.setattr(host, "get_forward_context", lambda: context)
-    monkeypatch.setattr(decode, "normalise", lambda _, core, __: core.add_(1))
+    monkeypatch.setattr(decode, "normalise", norm)
     try:
         forward = torch.compile(decode.forward_packed, fullgraph=True) if compiled else decode.forward_packed
-        got = forward(layer, qkvz, ba)
+        with torch._inductor.config.patch(enable_auto_functionalized_v2=False):
+            got = forward(layer, qkvz, ba)
     finally:
         torch._dynamo.reset()
     assert torch.allclose(got, 2 * (qkvz[:, QKV:] + ba.sum() + 1))
+    assert places == [places[0]] * 2

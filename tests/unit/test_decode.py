@@ -71,17 +71,27 @@ def test_goes_with_every_strategy_but_not_with_serial_unless_asked(request_: str
     assert (why_no_kernel(QWEN3_5, request_, strategy) is None) == runs
 
 
-LAYER = """
+LAYER = '''
 class QwenGatedDeltaNetAttention:
     def split_ba(self, ba):
         return ba.chunk(2, dim=-1)
 
     def forward_cuda(self, hidden_states):
+        """Any text."""
+        num_tokens = hidden_states.size(0)
         mixed_qkvz, _ = self.in_proj_qkvz(hidden_states)
         ba, _ = self.in_proj_ba(hidden_states)
-        use_fused = self.enable_fused_gdn_spec_decode and hidden_states.dtype == torch.bfloat16
-        if use_fused:
-            core_attn_out = torch.zeros((hidden_states.size(0), 4, 128), dtype=hidden_states.dtype)
+        use_fused_gdn_spec_decode = (
+            self.enable_fused_gdn_spec_decode
+            and hidden_states.dtype == torch.bfloat16
+            and self.norm.weight.dtype in (torch.bfloat16, torch.float32)
+        )
+        if use_fused_gdn_spec_decode:
+            core_attn_out = torch.zeros(
+                (num_tokens, self.num_v_heads // self.tp_size, self.head_v_dim),
+                dtype=hidden_states.dtype,
+                device=hidden_states.device,
+            )
             torch.ops.vllm.qwen_gdn_attention_core_fused_norm_packed(
                 mixed_qkvz, ba, core_attn_out, layer_name=_encode_layer_name(self.prefix)
             )
@@ -100,9 +110,13 @@ class QwenGatedDeltaNetAttention:
             and attn_metadata.num_decodes > 0
         ):
             return self._forward_core_decode_non_spec(mixed_qkv, b, a, core_attn_out, attn_metadata)
-        a_prefill = a[: attn_metadata.num_actual_tokens]
+        spec_sequence_masks = attn_metadata.spec_sequence_masks
+        num_actual_tokens = attn_metadata.num_actual_tokens
+        a_prefill = a[:num_actual_tokens]
         core_attn_out_non_spec = fused_post_conv_prep(conv_output=mixed_qkv, a=a_prefill, b=b.index_select(0, rows))
-        if spec_sequence_masks is not None:
+        if spec_sequence_masks is not None and core_attn_out_non_spec is not None:
+            core_attn_out.index_copy_(0, spec_token_indx, core_attn_out_spec.squeeze(0))
+        elif spec_sequence_masks is not None:
             core_attn_out[:num_actual_tokens] = core_attn_out_spec.squeeze(0)
         else:
             core_attn_out[:num_actual_tokens] = core_attn_out_non_spec.squeeze(0)
@@ -122,7 +136,7 @@ class QwenGatedDeltaNetAttention:
 def qwen_gdn_attention_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out, layer_name):
     layer = get_forward_context().no_compile_layers[layer_name]
     layer._forward_core_fused_norm_packed(mixed_qkvz=mixed_qkvz, ba=ba, core_attn_out=core_attn_out)
-"""
+'''
 
 METADATA = """
 class GDNAttentionMetadata:
@@ -145,10 +159,22 @@ STRIDED = {
 BREACHES = {
     "an older vLLM": ("def _forward_core_fused_norm_packed", "def _other", "no packed branch"),
     "another argument": ("def split_ba(self, ba)", "def split_ba(self, ba, rank)", "split_ba is not a method of"),
-    "another flag": ("self.enable_fused_gdn_spec_decode", "self.fused", "forward_cuda has no branch"),
-    "another op": ("torch.ops.vllm.qwen_gdn", "torch.ops.vllm.other_gdn", "forward_cuda has no branch"),
-    "no zeros": ("torch.zeros(", "torch.empty(", "forward_cuda has no branch"),
-    "more before out_proj": ("self.out_proj(core", "self.out_proj(2 * core", "forward_cuda has no branch"),
+    "another flag": ("self.enable_fused_gdn_spec_decode", "self.fused", "forward_cuda does not begin"),
+    "another op": ("torch.ops.vllm.qwen_gdn", "torch.ops.vllm.other_gdn", "forward_cuda does not begin"),
+    "no zeros": ("torch.zeros(", "torch.empty(", "forward_cuda does not begin"),
+    "more rows": ("(num_tokens, self.num", "(num_tokens + 1, self.num", "forward_cuda does not begin"),
+    "another dtype": ("dtype=hidden_states.dtype", "dtype=torch.float32", "forward_cuda does not begin"),
+    "more before out_proj": ("self.out_proj(core", "self.out_proj(2 * core", "forward_cuda does not begin"),
+    "more before the branch": (
+        "        use_fused_gdn_spec_decode = (",
+        "        ba = self.gather(ba)\n        use_fused_gdn_spec_decode = (",
+        "forward_cuda does not begin",
+    ),
+    "a way around it": (
+        "        num_tokens = hidden_states.size(0)",
+        "        if self.new:\n            return 0\n        num_tokens = hidden_states.size(0)",
+        "forward_cuda does not begin",
+    ),
     "the op does more": (
         "    layer = get",
         "    layer._forward_core_fused_norm_packed(1, 2, 3)\n    layer = get",
@@ -166,7 +192,42 @@ BREACHES = {
         "[:num_prefill_tokens] = core_attn_out_non_spec",
         "does not write every row",
     ),
-    "other rows in another case": ("spec_sequence_masks is not None", "num_prefills > 1", "does not write every row"),
+    "other rows in another case": (
+        "elif spec_sequence_masks is not None:",
+        "elif num_prefills > 1:",
+        "does not write every row",
+    ),
+    "other rows in one more case": (
+        "elif spec_sequence_masks is not None:",
+        "elif spec_sequence_masks is not None or num_decode_tokens:",
+        "does not write every row",
+    ),
+    "fewer tokens": (
+        "num_actual_tokens = attn_metadata.num_actual_tokens",
+        "num_actual_tokens = attn_metadata.num_prefill_tokens",
+        "does not write every row",
+    ),
+    "fewer tokens in the end": (
+        "        core_attn_out_non_spec =",
+        "        num_actual_tokens = 1\n        core_attn_out_non_spec =",
+        "does not write every row",
+    ),
+    "another tensor is written": (
+        "        core_attn_out_non_spec =",
+        "        core_attn_out = core_attn_out.clone()\n        core_attn_out_non_spec =",
+        "does not write every row",
+    ),
+    "an end without prefills or without decodes": (
+        "        a_prefill =",
+        "        if attn_metadata.num_prefills == 0 or not num_decodes:\n            return\n        a_prefill =",
+        "does not write every row",
+    ),
+    "an end with prefills": (
+        "        a_prefill =",
+        "        if attn_metadata.num_prefills == 0:\n            pass\n        else:\n"
+        "            return\n        a_prefill =",
+        "does not write every row",
+    ),
     "an end before all is written": (
         "        a_prefill =",
         "        if not attn_metadata.num_prefills:\n            return\n        a_prefill =",

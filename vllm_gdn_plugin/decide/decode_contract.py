@@ -12,12 +12,33 @@ from vllm_gdn_plugin.decide.contract import GDN_CLASSES, UNREADABLE, layer_modul
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-FLAGS = ("enable_fused_gdn_decode", "enable_fused_gdn_spec_decode")
-"""The attribute by which ``forward_cuda`` takes its packed branch: 0.28 to 0.31, and 0.32 and later."""
+FLAGS = ("fused_gdn_decode", "fused_gdn_spec_decode")
+"""By which ``forward_cuda`` takes its packed branch: 0.28 to 0.31, and 0.32 and later."""
 
 PACKED_OP = "qwen_gdn_attention_core_fused_norm_packed"
 PACKED_CORE = "_forward_core_fused_norm_packed"
 DECODE = "_forward_core_decode_non_spec"
+
+FORWARD = f"""
+num_tokens = hidden_states.size(0)
+mixed_qkvz, _ = self.in_proj_qkvz(hidden_states)
+ba, _ = self.in_proj_ba(hidden_states)
+use_FLAG = (
+    self.enable_FLAG
+    and hidden_states.dtype == torch.bfloat16
+    and self.norm.weight.dtype in (torch.bfloat16, torch.float32)
+)
+if use_FLAG:
+    core_attn_out = torch.zeros(
+        (num_tokens, self.num_v_heads // self.tp_size, self.head_v_dim),
+        dtype=hidden_states.dtype,
+        device=hidden_states.device,
+    )
+    torch.ops.vllm.{PACKED_OP}(mixed_qkvz, ba, core_attn_out, layer_name=_encode_layer_name(self.prefix))
+    output, _ = self.out_proj(core_attn_out.flatten(-2))
+    return output
+"""
+"""How ``forward_cuda`` begins, with one of the flags; ``run.decode.forward_packed`` takes the place of this branch."""
 
 SIGNATURES = {
     "forward_cuda": ["self", "hidden_states"],
@@ -32,8 +53,10 @@ KERNELS = ("causal_conv1d_update", "fused_recurrent_gated_delta_rule_packed_deco
 """What vLLM decodes with, one after the other."""
 
 PURE_DECODE = ("spec_sequence_masks is None", "num_prefills == 0", "num_decodes > 0")
-SPECULATION = "spec_sequence_masks is not None"
-EVERY_ROW = "core_attn_out[:num_actual_tokens] = core_attn_out_non_spec.squeeze(0)"
+NO_PREFILLS = "attn_metadata.num_prefills == 0"
+NO_METADATA = ("attn_metadata is None", "attn_metadata_raw is None")
+TOKENS, MASKS = "num_actual_tokens", "spec_sequence_masks"
+EVERY_ROW = f"core_attn_out[:{TOKENS}] = core_attn_out_non_spec.squeeze(0)"
 """How ``_forward_core`` ends where nothing is speculated."""
 
 HELPERS = {
@@ -82,7 +105,7 @@ def _breaches(layer: ast.ClassDef, module: ast.Module, metadata: ast.Module) -> 
     if not _writes_every_row(methods["_forward_core"]):
         yield "_forward_core does not write every row of a batch with prefills"
     if not _takes_packed_branch(methods["forward_cuda"]):
-        yield f"forward_cuda has no branch of {' or '.join(FLAGS)} that runs {PACKED_OP} and then out_proj"
+        yield f"forward_cuda does not begin with a branch of {' or '.join(FLAGS)} that runs {PACKED_OP}, then out_proj"
     ops = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == PACKED_OP]
     if len(ops) != 1 or _calls(ops[0], PACKED_CORE) != 1:
         yield f"{PACKED_OP} does not call {PACKED_CORE} once"
@@ -131,23 +154,9 @@ def _whose(value: ast.expr) -> str | None:
 
 
 def _takes_packed_branch(forward: ast.FunctionDef) -> bool:
-    """``flagged = self.<flag> and ...``, then ``if flagged:`` zeros, the op, ``self.out_proj`` of the result."""
-    flagged = {
-        target.id
-        for n in forward.body
-        if isinstance(n, ast.Assign) and any(f"self.{flag}" in ast.unparse(n.value) for flag in FLAGS)
-        for target in n.targets
-        if isinstance(target, ast.Name)
-    }
-    for branch in (n for n in forward.body if isinstance(n, ast.If) and ast.unparse(n.test) in flagged):
-        text = [ast.unparse(statement) for statement in branch.body]
-        return (
-            len(text) == 4
-            and text[0].startswith("core_attn_out = torch.zeros(")
-            and text[1].startswith(f"torch.ops.vllm.{PACKED_OP}(mixed_qkvz, ba, core_attn_out, ")
-            and text[2:] == ["output, _ = self.out_proj(core_attn_out.flatten(-2))", "return output"]
-        )
-    return False
+    body = forward.body[ast.get_docstring(forward) is not None :]
+    expected = [ast.parse(FORWARD.replace("FLAG", flag)).body for flag in FLAGS]
+    return any([*map(ast.dump, body[: len(one)])] == [*map(ast.dump, one)] for one in expected)
 
 
 def _decodes_by(core: ast.FunctionDef) -> bool:
@@ -163,13 +172,25 @@ def _writes_every_row(core: ast.FunctionDef) -> bool:
     """Of a batch with prefills and without speculation."""
     early = {id(n) for n in ast.walk(core) if isinstance(n, ast.Return)}
     for branch in (n for n in core.body if isinstance(n, ast.If)):
-        test = ast.unparse(branch.test)
-        if test in ("attn_metadata is None", "attn_metadata_raw is None") or f"attn_metadata.{PURE_DECODE[1]}" in test:
-            early -= {id(n) for n in ast.walk(branch)}
+        if NO_PREFILLS in _all_of(branch.test) or ast.unparse(branch.test) in NO_METADATA:
+            early -= {id(n) for statement in branch.body for n in ast.walk(statement)}
+    stores = [n for n in ast.walk(core) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    set_once = [[n.id for n in stores].count(name) for name in (TOKENS, MASKS)] == [1, 1]
+    known = {ast.unparse(n) for n in core.body if isinstance(n, ast.Assign)}
+    taken = {f"{name} = attn_metadata.{name}" for name in (TOKENS, MASKS)} <= known
     end: list[ast.stmt] = core.body[-1:]
-    while len(end) == 1 and isinstance(end[0], ast.If) and SPECULATION in ast.unparse(end[0].test):
+    while len(end) == 1 and isinstance(end[0], ast.If) and f"{MASKS} is not None" in _all_of(end[0].test):
         end = end[0].orelse
-    return not early and [ast.unparse(n) for n in end] == [EVERY_ROW]
+    written = [ast.unparse(n) for n in end] == [EVERY_ROW]
+    return written and not early and set_once and taken and "core_attn_out" not in {n.id for n in stores}
+
+
+def _all_of(test: ast.expr) -> list[str]:
+    """What must hold, all of it, for a test to hold."""
+    return [
+        ast.unparse(n)
+        for n in (test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test])
+    ]
 
 
 def _calls(code: ast.AST, name: str) -> int:

@@ -98,6 +98,7 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
     tokens, plain = metadata.num_actual_tokens, metadata.spec_sequence_masks is None
     decodes_only = plain and not metadata.num_prefills and metadata.num_decodes
     if decodes_only and decode.takes(tokens) and not in_piecewise_graph():
+        zero_rows(core_attn_out, tokens)
         try:
             run_kernel(
                 layer,
@@ -109,7 +110,6 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
                 metadata.non_spec_state_indices_tensor[:tokens],
                 core_attn_out[:tokens],
             )
-            zero_rows(core_attn_out, tokens)
             decode.normalised = True
             return
         except Exception as error:

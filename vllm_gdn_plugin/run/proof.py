@@ -107,7 +107,7 @@ def _why_wrong(stock: Any, layer: Any, tokens: int) -> str | None:
     slots = 1 + torch.randperm(tokens + 1, generator=own, device=device)
     slots[2] = 0
     indices = slots[:tokens].to(torch.int32)
-    our, their, other = ours.empty_output(), theirs.empty_output(), others.empty_output()
+    our, their, other = torch.full_like(ours.empty_output(), torch.nan), theirs.empty_output(), others.empty_output()
     with torch.inference_mode():
         for _ in range(STEPS):
             ours.qkvz.normal_(generator=own)
