@@ -64,7 +64,7 @@ def of_engines(run: EngineRun) -> dict[str, Any]:
 
 
 def same(run: Run) -> tuple[object, ...]:
-    """What the runs of one table have in common; the bandwidth is measured anew in each."""
+    """What the runs of one table have in common. The bandwidth is measured anew in each: the first one's counts."""
     machine = asdict(run.machine) | {"bandwidth_gb_s": None}
     return machine, run.section, run.precision, run.rounds
 
@@ -76,6 +76,8 @@ def together(first: Path, *others: Path) -> tuple[Run | EngineRun, dict[str, Any
         other = load(path)
         if not isinstance(run, Run) or not isinstance(other, Run) or same(other) != same(run):
             raise ValueError(f"{path} does not go with {first}")
+        if {point.shape for point in other.points} & {point.shape for point in run.points}:
+            raise ValueError(f"{path} has a shape that another file has")
         run.points += other.points
         run.command += f"; {other.command}"
         data["points"] += json.loads(path.read_text(encoding="utf-8"))["points"]

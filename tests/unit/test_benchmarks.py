@@ -473,6 +473,8 @@ def test_the_runs_of_several_models_become_one_table(tmp_path: Path, monkeypatch
     assert "### two, TP 1" in (tmp_path / "kept.md").read_text()
     with pytest.raises(ValueError, match="does not go with"):
         keep.keep([tmp_path / "one.json", tmp_path / "three.json"], "kept")
+    with pytest.raises(ValueError, match="a shape that another file has"):
+        keep.keep([tmp_path / "one.json", tmp_path / "one.json"], "kept")
 
 
 # switch_plugin.py, and what the machine is called
