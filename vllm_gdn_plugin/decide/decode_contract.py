@@ -52,8 +52,8 @@ SIGNATURES = {
 KERNELS = ("causal_conv1d_update", "fused_recurrent_gated_delta_rule_packed_decode")
 """What vLLM decodes with, one after the other."""
 
-PURE_DECODE = ("spec_sequence_masks is None", "num_prefills == 0", "num_decodes > 0")
 NO_PREFILLS = "attn_metadata.num_prefills == 0"
+PURE_DECODE = {"attn_metadata.spec_sequence_masks is None", NO_PREFILLS, "attn_metadata.num_decodes > 0"}
 NO_METADATA = ("attn_metadata is None", "attn_metadata_raw is None")
 TOKENS, MASKS = "num_actual_tokens", "spec_sequence_masks"
 EVERY_ROW = f"core_attn_out[:{TOKENS}] = core_attn_out_non_spec.squeeze(0)"
@@ -161,8 +161,7 @@ def _takes_packed_branch(forward: ast.FunctionDef) -> bool:
 
 def _decodes_by(core: ast.FunctionDef) -> bool:
     for branch in (n for n in core.body if isinstance(n, ast.If)):
-        test = ast.unparse(branch.test)
-        if all(f"attn_metadata.{condition}" in test for condition in PURE_DECODE):
+        if {*_all_of(branch.test)} >= PURE_DECODE:
             returns = [n for n in branch.body if isinstance(n, ast.Return) and n.value is not None]
             return len(branch.body) == len(returns) == 1 and _calls(returns[0], DECODE) == 1
     return False
@@ -187,10 +186,8 @@ def _writes_every_row(core: ast.FunctionDef) -> bool:
 
 def _all_of(test: ast.expr) -> list[str]:
     """What must hold, all of it, for a test to hold."""
-    return [
-        ast.unparse(n)
-        for n in (test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test])
-    ]
+    parts = test.values if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) else [test]
+    return [ast.unparse(part) for part in parts]
 
 
 def _calls(code: ast.AST, name: str) -> int:

@@ -72,6 +72,11 @@ def forward_packed(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> to
     )
     name = _encode_layer_name(layer.prefix)
     torch.ops.vllm.qwen_gdn_attention_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out, layer_name=name)
+    return output_projection(layer, mixed_qkvz, core_attn_out, name)
+
+
+def output_projection(layer: Any, mixed_qkvz: torch.Tensor, core_attn_out: torch.Tensor, name: Any) -> torch.Tensor:
+    """Gated norm and ``out_proj`` of what the core gave: vLLM compiles it apart from what comes before the core."""
     torch.ops.vllm_gdn_plugin.gdn_gated_norm(core_attn_out, mixed_qkvz, name)
     return layer.out_proj(core_attn_out.flatten(-2))[0]
 
