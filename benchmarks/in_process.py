@@ -16,6 +16,9 @@ build, and how much GPU memory it took. MODEL is a directory, such as gpu_models
   and not for another then slows all alike. Nothing is said of start-up and memory then, since the first engine's hold
   what later ones find done. Else each has a process; stock starts first, then `auto`, which times what it chooses from
   alone, then the others at once.
+- Each round is at another depth of Python's stack, the same for all engines. At an unlucky depth Python 3.12 takes 3 us
+  for a call in place of 0.03, every time (python/cpython#142183). Which calls of a step these are is luck, and another
+  luck for a plugin that has a function more than stock vLLM. Where a step waits for the CPU, it is a tenth or more.
 - With `--cpus`, once all have started, all their threads run on those CPUs alone.
 - `no_kernel=VLLM_GDN_PLUGIN_DECODE_KERNEL=0` is `auto` with that setting.
 
@@ -41,10 +44,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +73,10 @@ BUILDS = "in_process.py builds "
 """Before the name of an engine, in the log of its process."""
 VOCABULARY = 256
 """Prompts are of the ids below it."""
+DEPTHS = 136
+"""So many calls of :func:`at_depth` in each other take 16 KiB, the size of the pieces in which Python has its stack."""
+GOLDEN = 0.618
+"""Of all depths, by which one round goes on from the last: so a few rounds lie as evenly as many."""
 HELPING = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "INFO",
@@ -157,12 +165,18 @@ def engines(variants: Mapping[str, Mapping[str, str]], options: argparse.Namespa
         end_group(process)
 
 
+def at_depth(depth: int, call: Callable[[], Any]) -> Any:
+    """What ``call`` gives, so many calls deeper."""
+    return at_depth(depth - 1, call) if depth else call()
+
+
 def work(arguments: Sequence[str]) -> None:
     """The engines: a line of JSON for each line of JSON on stdin."""
     answers: IO[str] = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what vLLM prints goes into the log
     model, engine, variants = arguments
     built: dict[str, Any] = {}
+    kept = []
     about: dict[str, dict[str, float]] = {}
     for name, settings in json.loads(variants).items():
         print(f"{BUILDS}{name}", flush=True)
@@ -171,6 +185,7 @@ def work(arguments: Sequence[str]) -> None:
         else:  # vLLM loads the plugin, or does not
             os.environ.update(settings)
         from vllm import LLM, SamplingParams
+        from vllm.v1.worker import workspace
 
         given = json.loads(engine)
         alone = given.get("tensor_parallel_size", 1) == 1  # else the weights are in processes of their own
@@ -184,6 +199,9 @@ def work(arguments: Sequence[str]) -> None:
             **given,
         )
         about[name] = {"startup_s": time.perf_counter() - began}
+        if workspace.is_workspace_manager_initialized():
+            # The engine's CUDA graphs use its memory, which vLLM would free as soon as it makes that of the next one.
+            kept.append(workspace.current_workspace_manager())
         if before:
             about[name] |= {metric: value - before[metric] for metric, value in memory().items()}
             runner = built[name].llm_engine.model_executor.driver_worker.model_runner
@@ -230,7 +248,7 @@ def work(arguments: Sequence[str]) -> None:
             found = []
             for _ in range(asked["repeat"]):
                 prompts = [[ids.randrange(VOCABULARY) for _ in range(asked["length"])] for _ in range(asked["batch"])]
-                found.append(answer(llm, prompts, asked["tokens"])[0])
+                found.append(at_depth(asked["depth"], partial(answer, llm, prompts, asked["tokens"]))[0])
         print(json.dumps(found), file=answers, flush=True)
 
 
@@ -272,7 +290,7 @@ def measure(run: EngineRun, cases: Sequence[Case], options: argparse.Namespace) 
                 known |= started
             fitting = []
             for case in cases:  # each once, untimed
-                ran = [this.ask(vars(case) | {"seed": 0, "repeat": 1}) for this in known.values()]
+                ran = [this.ask(vars(case) | {"seed": 0, "repeat": 1, "depth": 0}) for this in known.values()]
                 if case.tokens == 1 or all(map(case.at_once, ran)):
                     fitting.append(case)
                 else:
@@ -291,11 +309,12 @@ def add_round(run: EngineRun, known: Mapping[str, Engine], cases: Sequence[Case]
     """Each case in each engine; who is first changes from round to round."""
     names, number = list(known), run.rounds
     run.rounds += 1
-    first = number % len(names)
+    first, depth = number % len(names), int(number * GOLDEN % 1 * DEPTHS)
     for n, case in enumerate(cases):
         seed = 1 + number * len(cases) + n  # new prompts in each round, the same for each engine
         for name in names[first:] + names[:first]:
-            run.add(number, name, case.name, case.values(known[name].ask(vars(case) | {"seed": seed})))
+            asked = vars(case) | {"seed": seed, "depth": depth}
+            run.add(number, name, case.name, case.values(known[name].ask(asked)))
 
 
 def groups(names: Sequence[str], one_process: bool) -> list[list[list[str]]]:
@@ -347,7 +366,7 @@ def main(arguments: Sequence[str]) -> int:
             load=f"engines in {'one process' if options.one_process else 'processes of their own'}, no server, stepped"
             f" in turn while the others are idle; TPOT: {options.output_len} tokens for each of the requests at once,"
             f" after prompts of {PROMPT_TOKENS}; TTFT: a prompt from its arrival to its token; each {options.repeat}"
-            f" times in a turn; vLLM's LLM({json.dumps(options.engine)})"
+            f" times in a turn, each round at another depth of Python's stack; vLLM's LLM({json.dumps(options.engine)})"
             + (f"; each engine on CPUs {', '.join(map(str, options.cpus))}" if options.cpus else ""),
         )
         try:

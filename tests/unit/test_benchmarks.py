@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -240,7 +241,7 @@ class TalkingEngine:
             return {"startup_s": 2.0, "model_mib": 5.0}
         if "cpus" in question:
             return self.asked.append((self.name, "cpus", question["cpus"]))
-        self.asked.append((self.name, question["name"], question["seed"]))
+        self.asked.append((self.name, question["name"], (question["seed"], question["depth"])))
         batch = question["batch"]
         first = [0.5] * (batch - 1) + [0.5 + self.behind]
         return [{"first": first, "last": [0.9] * batch, "steps": question["tokens"]}] * question["repeat"]
@@ -296,10 +297,10 @@ def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(
 
     run, asked = stepped()
     cases = ["concurrency 2", "8 in", "9 in"]
-    warm_up = [(name, case, 0) for case in cases for name in OFF_FIRST]
+    warm_up = [(name, case, (0, 0)) for case in cases for name in OFF_FIRST]
     rounds = [
-        (name, case, 1 + 3 * number + n)
-        for number, names in enumerate((OFF_FIRST, FUSED_FIRST))
+        (name, case, (1 + 3 * number + n, depth))
+        for number, (names, depth) in enumerate([(OFF_FIRST, 0), (FUSED_FIRST, 84)])
         for n, case in enumerate(cases)
         for name in names
     ]
@@ -310,6 +311,16 @@ def test_engines_are_stepped_in_turn_case_by_case_with_the_same_prompts(
     assert run.values("ttft_ms", "9 in", "off") == pytest.approx({0: 500.0, 1: 500.0})
     assert run.values("model_mib", "start", "off") == {0: 5.0}
     assert load(tmp_path / "serve.json").values("ttft_ms", "9 in", "off") == {0: 500.0, 1: 500.0}, "kept each round"
+
+
+def test_what_is_called_at_a_depth_has_so_many_callers_more() -> None:
+    pytest.importorskip("psutil", reason="not installed: psutil")
+    from in_process import at_depth
+
+    def callers() -> int:
+        return len(inspect.stack())
+
+    assert [at_depth(depth, callers) - at_depth(0, callers) for depth in (0, 1, 135)] == [0, 1, 135]
 
 
 def test_engines_of_a_further_start_are_stepped_after_the_first(stepped: Callable[..., Any]) -> None:
