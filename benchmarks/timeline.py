@@ -31,9 +31,9 @@ from typing import Any
 from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import BadInput, BenchError
 from vllm_gdn_plugin.bench.results import Machine, read
-from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED
+from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, FUSED
 
-TITLES = {OFF: "stock"}
+TITLES = {OFF: "stock", AUTO: "the plugin"}
 CATEGORY = {"cuda": "kernel", "cpu": "cpu_op"}
 PROMPT_TOKENS, WARM_UP_TOKENS, TRACED_TOKENS = 32, 8, 33
 ABOUT = "record.json"
