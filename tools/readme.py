@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from data: rules and settings from the code, releases from tools/releases.json.
+"""Write the tables and lists of README and docs from data: rules and settings from the code, releases from tools/releases.json.
 
     python tools/readme.py [--check]
 
@@ -8,11 +8,11 @@
 import json
 import re
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.decide.decode import DECODE_RULES
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, RULES
 from vllm_gdn_plugin.settings import describe
@@ -28,38 +28,38 @@ WHAT = {
 
 
 def strategies() -> str:
-    head = ["| strategy | what runs | needs |", "|---|---|---|"]
-    rows = [f"| `{name}` | {WHAT[name]} | {'; '.join(rule.needs for rule in rules)} |" for name, rules in RULES.items()]
-    return "\n".join([*head, *rows, "| `serial` | stock vLLM | nothing |"])
+    parts = [f"**{name}** ({WHAT[name]}) needs:\n\n{needs(rules)}" for name, rules in RULES.items()]
+    return "\n\n".join([*parts, "**serial** is stock vLLM, and needs nothing."])
+
+
+def needs(rules: Iterable[Any]) -> str:
+    return "\n".join(f"- {rule.needs}" for rule in rules)
 
 
 def decode() -> str:
-    return "\n".join(f"- {rule.needs}" for rule in DECODE_RULES)
+    return needs(DECODE_RULES)
 
 
 def settings() -> str:
-    rows = [f"| `{name}` | `{default}` | {text} |" for name, default, text in describe()]
-    return "\n".join(["| environment variable | default | |", "|---|---|---|", *rows])
+    return "\n".join(f"- `{name}` (default `{default}`): {text}" for name, default, text in describe())
 
 
 def releases() -> str:
-    lines = [
-        "| vLLM | layer class | source | layer, its `forward_cuda` | CPU engine | with torch |",
-        "|---|---|---|---|---|---|",
-    ]
-    for cells, rows in groupby(json.loads(RELEASES.read_text()), proof_of_release):
-        lines.append(f"| {', '.join(row['version'] for row in rows)} | {' | '.join(cells)} |")
+    found = json.loads(RELEASES.read_text())
+    lines = ["| vLLM | source | layer | CPU engine | torch |", "|---|---|---|---|---|", *map(proof_of_release, found)]
+    without = [row for row in found if row.get("no_engine")]
+    for why, rows in groupby(without, key=lambda row: row["no_engine"]):
+        lines += ["", f"No CPU engine of {', '.join(row['version'] for row in rows)} was run: {why}."]
     return "\n".join(lines)
 
 
-def proof_of_release(row: dict[str, Any]) -> tuple[str, ...]:
-    """What the table says about a release: layer class, source, layer, engine, torch."""
+def proof_of_release(row: dict[str, Any]) -> str:
+    """The line of the table about a release."""
     if row["failures"]:
-        return ("", "; ".join(row["failures"]), "", "", "")
-    (name,) = (name for module, name in GDN_CLASSES.items() if f" {module}.{name} is as" in row["reason"])
+        return f"| {row['version']} | {'; '.join(row['failures'])} | | | |"
     layer, engine = (len({case.split("-")[1] for case in cases}) for cases in row["op_calls"].values())
-    engine_cell = f"{engine} models: the same" if engine else f"not run: {row['no_engine']}"
-    return f"`{name}`", "holds", f"{layer} models: the same", engine_cell, row["torch"]
+    cell = f"{engine} models" if engine else "not run"
+    return f"| {row['version']} | holds | {layer} models | {cell} | {row['torch']} |"
 
 
 def filled(text: str) -> str:

@@ -52,20 +52,21 @@ class Settings:
     strategy: str = _setting(
         "auto",
         _strategy,
-        "auto: the fastest safe one for each layer; fused; dual_stream; serial: as vLLM has it",
+        "How the projections run. auto: the fastest way that is safe for a layer. fused, dual_stream: that one."
+        " serial: as in vLLM.",
     )
     decode_kernel: str = _setting(
         "auto",
         _auto_or_switch,
-        "one kernel for a layer's decode; auto: where it is right and timed faster; 1: wherever it is right; 0: off",
+        "One kernel for a layer's decode. auto: where it is right and timed faster. 1: wherever it is right. 0: never.",
     )
     tune: bool = _setting(
         True,
         _switch,
-        "1: at the first start on a GPU, auto times what it may choose from; 0: it goes by rules alone",
+        "1: the first start on a GPU times what auto may choose from. 0: rules alone decide.",
     )
-    allow_untested: bool = _setting(False, _switch, "1: try a vLLM newer than the supported range")
-    strict: bool = _setting(False, _switch, "1: stop the engine instead of stepping aside")
+    allow_untested: bool = _setting(False, _switch, "1: try a vLLM newer than the supported range.")
+    strict: bool = _setting(False, _switch, "1: stop the engine instead of stepping aside.")
 
 
 def variable(name: str) -> str:

@@ -599,6 +599,14 @@ def test_whether_the_decode_kernel_may_run(
     assert (f"decode kernel    {told}" in text) == (told is not None)
 
 
+def test_the_readme_shows_how_it_begins(kernel_host: Any, run: Any) -> None:
+    kernel_host.platform("cuda")
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    shown = readme.split("<!-- check -->\n```\n")[1].split("```\n<!-- /check -->")[0]
+    assert run("check")[1].startswith(shown)
+    assert shown.count("\n") > 3
+
+
 @pytest.mark.parametrize("change", ["an old version", "another layer"])
 def test_where_the_plugin_is_refused_nothing_is_told_of_the_kernel(kernel_host: Any, report: Any, change: str) -> None:
     CASES[change][0](kernel_host)

@@ -44,6 +44,14 @@ def test_a_number_that_is_not_in_its_file_is_found() -> None:
     assert missing_numbers(page) == ["12345.6", "98765"]
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_can_be_read_on_a_phone(page: Path) -> None:
+    rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    cells = [re.sub(r"\[(.*?)\]\(.*?\)|`", r"\1", cell).strip() for row in rows for cell in row.split("|")]
+    assert [cell for cell in cells if len(cell) > 30] == []
+    assert max((row.count("|") for row in rows), default=0) <= 8
+
+
 def anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
