@@ -1,4 +1,4 @@
-"""Write the tables and lists of README and docs from data: rules and settings from the code, releases from tools/releases.json.
+"""Write tables and lists of README and docs from data: rules and settings from the code, releases from releases.json.
 
     python tools/readme.py [--check]
 
