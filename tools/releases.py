@@ -6,7 +6,7 @@ For each release: the contract, checked on its source distribution as `vllm-gdn-
 real layers with the plugin (tests/engine/test_construct.py); and where it has a working CPU build, its engine with and
 without the plugin (tests/engine/test_tokens.py). With VERSIONs only these are done anew. Exits with 1 if something does
 not hold, which the engines with experts of 0.21 to 0.23 do not on a CPU without AVX-512: there stock fails, too. The
-README's table of supported releases is made from the result.
+table of docs/releases.md is made from the result.
 """
 
 import argparse

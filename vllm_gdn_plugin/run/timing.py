@@ -138,7 +138,8 @@ def kept_decode_ways_of(facts: DecodeFacts, value_heads: int, qkv: int, device: 
 def decode_ways_of(stock: Any, layer: Any, facts: DecodeFacts, sizes: Sequence[int]) -> tuple[dict[int, str], str]:
     """The decode kernel or vLLM's own for each captured number of tokens, and a phrase that tells it.
 
-    Timed on scratch states that do not fit the cache. Batches too large for :data:`SCRATCH_BYTES` are left out.
+    Timed on scratch states; those of the steps in turn mostly do not fit the cache. Batches too large for
+    :data:`SCRATCH_BYTES` are left out.
 
     Args:
         layer: one of those that are alike.
