@@ -52,7 +52,7 @@ class Settings:
     strategy: str = _setting(
         "auto",
         _strategy,
-        "How the projections run. auto: the fastest way that is safe for a layer. fused, dual_stream: that one."
+        "How the two matrix products run. auto: the fastest way that is safe for a layer. fused, dual_stream: that one."
         " serial: as in vLLM.",
     )
     decode_kernel: str = _setting(
