@@ -12,12 +12,8 @@ from tiny_model import KINDS
 
 GDN_LAYERS = 3
 SLOW = pytest.mark.slow
-QUICK = {
-    ("qwen3_5", "dual_stream", True),
-    ("qwen3_5", "fused", True),
-    ("qwen3_5", "fused", False),
-    ("qwen3_next", "fused", True),
-}
+QUICK = {("qwen3_5", "fused", False), ("qwen3_next", "fused", True)}
+"""Those of dual_stream are in test_processes.py, with two ranks."""
 
 
 @pytest.fixture(scope="module")
