@@ -53,12 +53,18 @@ def test_as_exact_as_serial(make_layer: Callable[..., Any], model: str, tensor_p
 @pytest.mark.parametrize("tensor_parallel_size", [1, 4])
 @pytest.mark.parametrize("model", SHAPES)
 def test_takes_hardly_more_memory_than_the_two_weights(
-    make_layer: Callable[..., Any], model: str, tensor_parallel_size: int, most_rows: bool
+    make_layer: Callable[..., Any],
+    model: str,
+    tensor_parallel_size: int,
+    most_rows: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the GPU's, too: vLLM loads with an allocator that does not split what is left by rounding."""
+    """Of the GPU's, too: vLLM loads with an allocator that does not split what is left by rounding, nor what the two
+    weights leave, if a smaller one comes next."""
     import torch
 
-    from vllm_gdn_plugin.run.fused import FusedWeight
+    from vllm_gdn_plugin.report import Record
+    from vllm_gdn_plugin.run import engine
 
     def held() -> int:
         gc.collect()
@@ -68,19 +74,22 @@ def test_takes_hardly_more_memory_than_the_two_weights(
     hidden, qkvz, ba = SHAPES[model]
     sizes = qkvz // tensor_parallel_size, ba // tensor_parallel_size
     rows = rows_to_choose_from(hidden, *sizes)[-1 if most_rows else 0]
+    monkeypatch.setattr(engine, "rows_of", lambda *arguments: rows)
+    others = sizes[0] * 3 // 4  # an attention layer's
     before, kept = held(), []
     torch.cuda.memory._set_allocator_settings("max_split_size_mb:20")
     try:
         for _ in range(7):
             layer = make_layer((hidden, *sizes))
-            kept += [layer, FusedWeight(layer.in_proj_qkvz, layer.in_proj_ba, rows)]
+            kept += [layer, engine.fuse(layer, Record(lambda: None), by_time=False)]
+            kept += [torch.empty(others, hidden, dtype=torch.bfloat16, device="cuda")]
         one = held() - before
     finally:
         torch.cuda.memory._set_allocator_settings("")
-    exact = 7 * sum(sizes) * hidden * 2
+    exact = 7 * (sum(sizes) + others) * hidden * 2
     padding = 7 * (rows - sum(sizes)) * hidden * 2
     print(f"{rows} rows: {exact} bytes of weights take {one}, {padding} of them are padding")
-    assert one - exact - padding <= 8 * ROUNDED_TO
+    assert one - exact - padding <= 15 * ROUNDED_TO
 
 
 @pytest.mark.parametrize("captured", [False, True])

@@ -467,10 +467,11 @@ def test_where_timing_fails_the_plan_stands_and_a_line_says_how_to_start_without
 @pytest.fixture
 def fusible(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The installed plugin, where the projections have weights, and 448 rows are the faster ones at 1, 2 and 4 tokens;
-    ``FusedWeight`` is a double that notes its arguments."""
+    ``FusedWeight`` is a double that notes its arguments, and ``emptied`` grows with PyTorch's cache emptied."""
+    weight = "class Weight:\n    device, is_cuda, shape, data = 'cuda:0', True, (32, 8), 'data'"
     plugin.tree.edit(
         "vllm.model_executor.layers.linear",
-        ("class Merged", "class Weight:\n    device, shape, data = 'cuda:0', (32, 8), 'data'\n\n\nclass Merged"),
+        ("class Merged", f"{weight}\n\n\nclass Merged"),
         ("        self.quant_method", "        self.weight = Weight()\n        self.quant_method"),
     )
     plugin.tree.edit("vllm.config.vllm", ('Config(name="FULL")', SIZES))
@@ -479,6 +480,8 @@ def fusible(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     engine = importlib.import_module("vllm_gdn_plugin.run.engine")
     fused = lambda qkvz, ba, rows: SimpleNamespace(both=(qkvz, ba), rows=rows, take_back=lambda layer: True)  # noqa: E731
     monkeypatch.setattr(engine, "FusedWeight", fused)
+    plugin.emptied = []
+    monkeypatch.setattr(engine.torch.cuda, "empty_cache", lambda: plugin.emptied.append(1), raising=False)
     monkeypatch.setattr(engine, "ways_of", lambda *arguments: ({}, ""))
     monkeypatch.setattr(engine, "rows_of", lambda like, outputs, sizes: 448 if sizes == (1, 2, 4) else outputs)
     return plugin
@@ -494,6 +497,7 @@ def test_a_fused_layer_has_as_many_rows_as_auto_finds_best(
     layer = fusible.import_gdn()("layers.0")
     assert (layer.gdn.strategy, layer.gdn.fused.rows) == ("fused", rows)
     assert layer.gdn.fused.both == (layer.in_proj_qkvz, layer.in_proj_ba)
+    assert fusible.emptied == [1], "what the two weights leave is for no other weight"
     with_rows, other = Ledger(), Ledger()
     for ledger, count in ((with_rows, rows), (other, rows + 1)):
         record = ledger.construct(layer)
