@@ -468,7 +468,7 @@ def test_where_timing_fails_the_plan_stands_and_a_line_says_how_to_start_without
 def fusible(plugin: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The installed plugin, where the projections have weights, and 448 rows are the faster ones at 1, 2 and 4 tokens;
     ``FusedWeight`` is a double that notes its arguments, and ``emptied`` grows with PyTorch's cache emptied."""
-    weight = "class Weight:\n    device, is_cuda, shape, data = 'cuda:0', True, (32, 8), 'data'"
+    weight = "class Weight:\n    device, shape, data = 'cuda:0', (32, 8), 'data'"
     plugin.tree.edit(
         "vllm.model_executor.layers.linear",
         ("class Merged", f"{weight}\n\n\nclass Merged"),

@@ -24,10 +24,9 @@ def fuse(layer: Any, record: Record, by_time: bool) -> FusedWeight:
     outputs = qkvz.weight.shape[0] + ba.weight.shape[0]
     record.rows = or_by_rule(partial(rows_of, qkvz.weight.data, outputs), record.sizes if by_time else ())
     fused = FusedWeight(qkvz, ba, record.rows)
-    if qkvz.weight.is_cuda:
-        # Else a smaller weight of another layer would get all of what the old one leaves: while vLLM 0.30 and later
-        # load, PyTorch splits no block of 20 MiB or more.
-        torch.cuda.empty_cache()
+    # Else a smaller weight of another layer would get all of what the old one leaves: while vLLM 0.30 and later load,
+    # PyTorch splits no block of 20 MiB or more.
+    torch.cuda.empty_cache()
     return fused
 
 
