@@ -107,6 +107,13 @@ def run_generate(run_script: Callable[..., dict[str, Any]]) -> Callable[..., dic
 
 
 @pytest.fixture(scope="session")
+def stock(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> Any:
+    """What stock vLLM answers with the tiny Qwen3.5, eagerly."""
+    env, _ = witness()
+    return run_generate("qwen3_5", env=env | {"VLLM_PLUGINS": "witness"})
+
+
+@pytest.fixture(scope="session")
 def run_script(models: Callable[[str], Path], scratch: Path) -> Callable[..., dict[str, Any]]:
     """`run_script(kind, env={...}, eager=True, tp=1, pp=1)` generates with a fresh engine.
 

@@ -16,11 +16,6 @@ HERE = Path(__file__).parent
 ON = {"VLLM_GDN_PLUGIN_STRATEGY": "dual_stream"}
 
 
-@pytest.fixture(scope="module")
-def stock(run_generate: Callable[..., Any]) -> Any:
-    return run_generate("qwen3_5", env={"VLLM_PLUGINS": ""})
-
-
 def plugin_lines(log: str) -> list[str]:
     return [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
 

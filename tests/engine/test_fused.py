@@ -371,11 +371,6 @@ def run(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> Callab
     return generate
 
 
-@pytest.fixture(scope="module")
-def stock(run: Callable[..., Any]) -> Any:
-    return run("qwen3_5", OFF)
-
-
 def said(answer: dict[str, Any]) -> tuple[Any, Any]:
     return answer["token_ids"], answer["logprobs"]
 

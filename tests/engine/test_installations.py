@@ -82,11 +82,6 @@ INSTALLATIONS: dict[Callable[..., None], tuple[int, list[str], int, str]] = {
 """How often there is metadata, what the engine's log says of the plugin, and exit status and status of `check`."""
 
 
-@pytest.fixture(scope="module")
-def stock(run_generate: Callable[..., Any]) -> Any:
-    return run_generate("qwen3_5", env={"VLLM_PLUGINS": ""})
-
-
 @pytest.mark.parametrize("install", INSTALLATIONS, ids=lambda install: install.__name__)
 def test_the_engine_answers_and_one_line_tells(
     run_generate: Callable[..., Any],

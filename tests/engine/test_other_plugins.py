@@ -85,11 +85,6 @@ def run(run_generate: Callable[..., Any], witness: Callable[..., Any], scratch: 
     return generate
 
 
-@pytest.fixture(scope="module")
-def stock(run: Callable[..., Any]) -> Any:
-    return run(STOCK)
-
-
 def assert_theirs(got: dict[str, Any], stock: dict[str, Any]) -> None:
     assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
     assert got["events"].count("other plugin's layer built") >= GDN_LAYERS

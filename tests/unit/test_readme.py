@@ -24,7 +24,7 @@ def test_its_tables_are_current() -> None:
 
 
 def missing_numbers(page: str) -> list[str]:
-    """The numbers that a page quotes and that are not in the files that it names for them, not even with more digits."""
+    """The numbers that a page quotes and that the files that it names do not have, not even with more digits."""
     found = []
     for files, text in QUOTE.findall(page):
         known = {number for file in files.split() for number in re.findall(r"[\d.]*\d", (ROOT / file).read_text())}
