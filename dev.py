@@ -135,8 +135,9 @@ def main() -> int:
 def test(env: Environment, pytest_args: list[str], extra_env: Mapping[str, str]) -> int:
     """Run all checks, also after one has failed, and return 1 if any did."""
     # Not `python -m pytest`: that would import the source tree instead of the installed wheel.
-    # Two files at a time: an engine on a tiny model keeps one core busy, and a file's engines share caches.
-    pytest: Command = [env.bin / "pytest", "-n", "2", "--dist", "loadfile"]
+    # Two files at a time: an engine on a tiny model keeps one core busy, and a file's engines share caches. In their
+    # order, engines first: by itself, xdist leaves files of one long test for the end.
+    pytest: Command = [env.bin / "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     checks: dict[str, tuple[Command, Mapping[str, str]]] = {
         "ruff check": ([env.bin / "ruff", "check", ROOT], {}),
         "ruff format": ([env.bin / "ruff", "format", "--check", ROOT], {}),
