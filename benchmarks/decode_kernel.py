@@ -2,7 +2,6 @@
 
     python benchmarks/decode_kernel.py check    errors against float64 beside vLLM's; which variants give the same bits
     python benchmarks/decode_kernel.py sweep    microseconds of a layer between its projections' GEMM and out_proj's
-    python benchmarks/decode_kernel.py trace    every kernel of a layer and the gap before it
 
 ``check --replays N`` also replays CUDA graphs of all sizes, N times each, in random order: the variant that counts
 beside the one that does not, their bits compared along the way.
@@ -18,7 +17,6 @@ import math
 import random
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -44,23 +42,18 @@ COPY_RATE = 4.3e12  # bytes/s, what an H200 copies with: the floor
 
 
 def host() -> Any:
-    """vLLM's own three functions, wherever this release has them."""
-    import importlib
+    """vLLM's own three functions, where the releases have them that may run the kernel."""
     from types import SimpleNamespace
 
-    conv = importlib.import_module("vllm.model_executor.layers.mamba.ops.causal_conv1d")
-    for package in ("vllm.third_party.flash_linear_attention.ops", "vllm.model_executor.layers.fla.ops"):
-        try:
-            recurrent = importlib.import_module(f"{package}.fused_recurrent")
-            norm = importlib.import_module(f"{package}.layernorm_guard")
-        except ModuleNotFoundError:
-            continue
-        return SimpleNamespace(
-            conv=conv.causal_conv1d_update,
-            decode=recurrent.fused_recurrent_gated_delta_rule_packed_decode,
-            norm=norm.rmsnorm_fn,
-        )
-    raise SystemExit("this vLLM has its recurrence somewhere else")
+    from vllm.model_executor.layers.mamba.ops.causal_conv1d import causal_conv1d_update
+    from vllm.third_party.flash_linear_attention.ops.fused_recurrent import (
+        fused_recurrent_gated_delta_rule_packed_decode,
+    )
+    from vllm.third_party.flash_linear_attention.ops.layernorm_guard import rmsnorm_fn
+
+    return SimpleNamespace(
+        conv=causal_conv1d_update, decode=fused_recurrent_gated_delta_rule_packed_decode, norm=rmsnorm_fn
+    )
 
 
 def run_stock(vllm: Any, step: Any) -> Any:
@@ -200,7 +193,7 @@ def capture(run: Callable[[], Any]) -> Any:
     return graph
 
 
-def wrong(vllm: Any, made: Layers, name: str, section: Callable[[Any], Any]) -> str | None:
+def wrong(vllm: Any, made: Layers, section: Callable[[Any], Any]) -> str | None:
     """Why a variant is left out: in three steps of three tokens and padding it does not give what vLLM gives."""
     import torch
 
@@ -245,7 +238,7 @@ def sweep(args: argparse.Namespace) -> dict[str, Any]:
         ways = sections(vllm, made, args.variants, args.zeros)
         for name in args.variants:
             try:
-                why = wrong(vllm, made, name, ways[name])  # type: ignore[arg-type]
+                why = wrong(vllm, made, ways[name])  # type: ignore[arg-type]
             except Exception as error:
                 why = f"{type(error).__name__}: {str(error).splitlines()[-1] if str(error) else ''}"[:300]
             if why:
@@ -303,12 +296,8 @@ def quartiles(times: list[float]) -> list[float]:
     return [round(t, 3) for t in statistics.quantiles(times, n=4)] if len(times) > 1 else times * 3
 
 
-def short(name: str, width: int = 14) -> str:
-    return name if len(name) <= width else name[: width - 1] + "~"
-
-
 def heading(names: list[str]) -> str:
-    return f"{'tokens':>6} {'goal':>7} " + " ".join(f"{short(name):>14}" for name in names)
+    return f"{'tokens':>6} {'goal':>7} " + " ".join(f"{name:>14}" for name in names)
 
 
 def line_of(row: dict[str, Any], names: list[str]) -> str:
@@ -429,65 +418,6 @@ def told(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def trace(args: argparse.Namespace) -> dict[str, Any]:
-    """Every kernel of a layer, from the profiler: medians over the layers of 20 replays."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    vllm = host()
-    result: dict[str, Any] = {"rows": []}
-    for shape, dtype in configurations(args):
-        for n in args.tokens:
-            layers = 8
-            made = Layers(shape, getattr(torch, dtype), layers, n * layers, n)
-            x = torch.randn(n, SHAPES[shape][0], device=DEVICE, dtype=torch.bfloat16)
-            for name, way in sections(vllm, made, args.variants, args.zeros).items():
-                if time.monotonic() > args.deadline:
-                    print("out of time", flush=True)
-                    return result
-                graph = capture(partial(made.forward, x, layers, way))
-                graph.replay()
-                torch.cuda.synchronize()
-                replays = 20
-                with profile(activities=[ProfilerActivity.CUDA]) as recorded:
-                    for _ in range(replays):
-                        graph.replay()
-                        torch.cuda.synchronize()
-                with tempfile.TemporaryDirectory() as folder:
-                    file = Path(folder) / "trace.json"
-                    recorded.export_chrome_trace(str(file))
-                    events = json.loads(file.read_text())["traceEvents"]
-                rows = kernels_of_a_layer(events, replays * layers)
-                result["rows"].append({"shape": shape, "dtype": dtype, "tokens": n, "way": name, "kernels": rows})
-                print(f"\n{shape}, {dtype} state, {n} tokens, {name}: gap before, duration (us)")
-                for gap, duration, kernel in rows:
-                    print(f"  {gap:>7.2f} {duration:>7.2f}  {kernel[:90]}")
-                print(f"  between the GEMMs: {section_of(rows):.2f}", flush=True)
-                write(args.out, result)
-    return result
-
-
-def kernels_of_a_layer(events: list[dict[str, Any]], layers: int) -> list[tuple[float, float, str]]:
-    """Gap before it, duration (medians, us) and name of each kernel or memset of a layer; the first one's gap is that
-    to the layer before."""
-    ran = sorted((e for e in events if e.get("cat") in ("kernel", "gpu_memset", "gpu_memcpy")), key=lambda e: e["ts"])
-    each, rest = divmod(len(ran), layers)
-    if rest or each < 2:
-        print(f"{len(ran)} kernels do not divide into {layers} layers")
-        return []
-    rows = []
-    for i in range(each):
-        same = range(i, len(ran), each)
-        gaps = [ran[j]["ts"] - ran[j - 1]["ts"] - ran[j - 1]["dur"] for j in same if j]
-        rows.append((statistics.median(gaps), statistics.median(ran[j]["dur"] for j in same), ran[i]["name"]))
-    return rows
-
-
-def section_of(rows: list[tuple[float, float, str]]) -> float:
-    """From the end of a layer's first kernel to the start of its last; a split-K GEMM has another kernel of its own."""
-    return sum(gap + duration for gap, duration, _ in rows[1:-1]) + rows[-1][0] if rows else math.nan
-
-
 def write(file: str | None, result: dict[str, Any]) -> None:
     if file:
         Path(file).write_text(json.dumps(result, indent=1) + "\n")
@@ -495,7 +425,7 @@ def write(file: str | None, result: dict[str, Any]) -> None:
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["check", "sweep", "trace"])
+    parser.add_argument("command", choices=["check", "sweep"])
     parser.add_argument("--shapes", help=f"of {', '.join(SHAPES)}; separated by commas")
     parser.add_argument("--dtypes", default="float32", help="of the recurrent state: float32,bfloat16")
     parser.add_argument("--tokens", help="separated by commas")
@@ -510,8 +440,9 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args(line)
     args.deadline = time.monotonic() + args.seconds
-    default_shapes = {"check": "35B-A3B-tp4,27B-tp4", "trace": "27B"}.get(args.command, ",".join(SHAPES))
-    default_tokens = {"check": "1,3,16,64,256", "trace": "1,16"}.get(args.command, "1,2,4,8,16,32,64,128,256")
+    default_shapes, default_tokens = ",".join(SHAPES), "1,2,4,8,16,32,64,128,256"
+    if args.command == "check":
+        default_shapes, default_tokens = "35B-A3B-tp4,27B-tp4", "1,3,16,64,256"
     args.shapes = (args.shapes or default_shapes).split(",")
     args.dtypes = args.dtypes.split(",")
     args.tokens = [int(n) for n in (args.tokens or default_tokens).split(",")]
@@ -545,7 +476,7 @@ def main() -> None:
     args = arguments()
     about = {"machine": machine(), "command": " ".join(sys.argv)}
     print(json.dumps(about["machine"]), flush=True)
-    result = {"check": check, "sweep": sweep, "trace": trace}[args.command](args)
+    result = {"check": check, "sweep": sweep}[args.command](args)
     write(args.out, {**about, **result})
 
 

@@ -54,7 +54,7 @@ def install(settings: Settings, module: ModuleType) -> bool:
         if contract.module not in (None, module.__name__):
             return False
         platform = facts.platform()
-        decision = decide(settings, imports.version(), contract, lambda: platform)
+        decision = decide(settings, imports.version(), contract, platform)
         unwanted = decision.status == "serial" and settings.strategy != SERIAL
         if decision.status == "refused" or (unwanted and settings.strict):
             raise Refused(decision.reason)

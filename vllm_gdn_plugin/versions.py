@@ -22,9 +22,8 @@ Standing = Literal["supported", "older", "newer", "unknown"]
 
 @dataclass(frozen=True)
 class VersionVerdict:
-    """The version that was found, where it stands, and whether the plugin may go on to the contract."""
+    """Where a version stands, and whether the plugin may go on to the contract."""
 
-    found: str
     standing: Standing
     admitted: bool
     what: str
@@ -47,7 +46,7 @@ def judge_version(found: str, allow_untested: bool = False) -> VersionVerdict:
     """
     standing = _standing(found)
     if standing == "supported":
-        return VersionVerdict(found, standing, True, f"vLLM {found} is in the supported range {SUPPORTED_RANGE}")
+        return VersionVerdict(standing, True, f"vLLM {found} is in the supported range {SUPPORTED_RANGE}")
     what = {
         "older": "is older than",
         "newer": "is newer than",
@@ -55,11 +54,11 @@ def judge_version(found: str, allow_untested: bool = False) -> VersionVerdict:
     }[standing]
     what = f"vLLM {found} {what} the supported range {SUPPORTED_RANGE}"
     if standing == "older":
-        return VersionVerdict(found, standing, False, what, "upgrade vLLM to use the plugin")
+        return VersionVerdict(standing, False, what, "upgrade vLLM to use the plugin")
     if allow_untested:
-        return VersionVerdict(found, standing, True, f"{what}; admitted by VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1")
+        return VersionVerdict(standing, True, f"{what}; admitted by VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1")
     advice = "upgrade vllm-gdn-plugin, or set VLLM_GDN_PLUGIN_ALLOW_UNTESTED=1 to try it all the same"
-    return VersionVerdict(found, standing, False, what, advice)
+    return VersionVerdict(standing, False, what, advice)
 
 
 def _standing(found: str) -> Standing:

@@ -1,4 +1,4 @@
-"""Real vLLM engines on tiny models, each in a process of its own."""
+"""Real vLLM engines on tiny models, each in a process of its own, and what needs vLLM but no engine."""
 
 from __future__ import annotations
 

@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
 
+from construct import leave_unpacked
 from generate import answers, arguments, engine
-
-
-def keep(layer: Any, remove_weight: bool) -> None:
-    from torch.nn.functional import linear
-
-    layer.cpu_linear = linear
 
 
 def main() -> None:
     from vllm.model_executor.layers import utils
 
-    utils.dispatch_cpu_unquantized_gemm = keep
+    utils.dispatch_cpu_unquantized_gemm = leave_unpacked
     args = arguments()
     llm = engine(args)
     llm.collective_rpc("save_sharded_state", args=(os.environ["SAVE_TO"],))

@@ -169,13 +169,13 @@ def test_overlapped_in_a_graph_unless_the_size_was_timed_as_slower_or_the_graph_
 def test_a_batch_that_fills_the_gpu_is_not_overlapped(
     layers: Callable[..., list[Any]], capturing: Callable[[], list[str]]
 ) -> None:
-    from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS
+    from vllm_gdn_plugin.run.dual_stream import MOST_OVERLAPPED
 
     layer = layers(1)[0]
     done = capturing()
-    project(layer, torch.randn(MOST_TOKENS + 1, HIDDEN))
+    project(layer, torch.randn(MOST_OVERLAPPED + 1, HIDDEN))
     assert done == []
-    project(layer, torch.randn(MOST_TOKENS, HIDDEN))
+    project(layer, torch.randn(MOST_OVERLAPPED, HIDDEN))
     assert "done.wait" in done
 
 

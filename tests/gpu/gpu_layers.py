@@ -7,7 +7,6 @@ SHAPES = {
     "122B-A10B": (3072, 20480, 128),
     "27B": (5120, 16384, 96),
     "9B": (4096, 12288, 64),
-    "Next-80B-A3B": (2048, 12288, 64),
 }
 """(hidden_size, in_proj_qkvz outputs, in_proj_ba outputs) of one layer at tensor parallel size 1."""
 

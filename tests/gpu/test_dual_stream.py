@@ -127,7 +127,7 @@ def test_forks_to_the_auxiliary_stream_and_joins_only_while_capturing(
     import torch
     from vllm.utils.torch_utils import aux_stream
 
-    from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS
+    from vllm_gdn_plugin.run.dual_stream import MOST_OVERLAPPED
 
     layer = make_layer(SHAPES["9B"])
     layer.gdn.plain_gemm = plain_gemm
@@ -148,11 +148,12 @@ def test_forks_to_the_auxiliary_stream_and_joins_only_while_capturing(
 
     with context(vllm_config):
         found = {
-            n: on_the_auxiliary_stream(n, captured=True) for n in (7, 8, 9, 16, 17, 64, MOST_TOKENS, MOST_TOKENS + 1)
+            n: on_the_auxiliary_stream(n, captured=True)
+            for n in (7, 8, 9, 16, 17, 64, MOST_OVERLAPPED, MOST_OVERLAPPED + 1)
         }
         assert not on_the_auxiliary_stream(8, captured=False)
     overlapped = {n for n, is_so in found.items() if is_so}
-    assert overlapped == {7, 8, 17, 64, MOST_TOKENS}
+    assert overlapped == {7, 8, 17, 64, MOST_OVERLAPPED}
 
 
 def test_a_join_without_its_fork_runs_serially(

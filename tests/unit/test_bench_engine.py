@@ -195,7 +195,7 @@ def test_what_two_starts_differ_by_is_a_part_of_the_interval() -> None:
 
 
 @needs_report
-def test_equal_samples_are_reported_as_no_difference(tmp_path: Path) -> None:
+def test_equal_samples_are_reported_as_no_difference() -> None:
     from vllm_gdn_plugin.bench.engine.table import markdown
 
     text = markdown(run_of())

@@ -196,7 +196,7 @@ def test_the_models_have_the_projections_of_the_presets() -> None:
 
     from vllm_gdn_plugin.bench.shapes import PRESETS, shape_of_config
 
-    for name in ("35B-A3B", "27B", "9B"):
+    for name in ("35B-A3B", "122B-A10B", "27B", "9B"):
         assert shape_of_config(name, MODELS[name]) == shape_of_config(name, PRESETS[f"Qwen3.5-{name}"])
 
 

@@ -14,8 +14,6 @@ import pytest
 
 from vllm_gdn_plugin.decide.checkpoint import digest
 
-GDN = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
-
 
 def own_gemm() -> None:
     pass

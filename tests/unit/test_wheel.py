@@ -15,11 +15,9 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from vllm_gdn_plugin.cli.check import GROUP, NAME
-from vllm_gdn_plugin.versions import SUPPORTED_RANGE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_gdn_plugin"
@@ -67,13 +65,10 @@ def test_it_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile, metadata:
         assert wheel.read(module) == (ROOT / module).read_bytes()
 
 
-def test_it_requires_packaging_and_offers_the_supported_vllm(metadata: Message) -> None:
+def test_it_requires_packaging_alone(metadata: Message) -> None:
     requirements = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     assert [r.name for r in requirements if r.marker is None] == ["packaging"]
-    (vllm,) = (r for r in requirements if r.marker is not None and r.marker.evaluate({"extra": "vllm"}))
-    assert vllm.name == "vllm"
-    assert Version("0.33.99") in vllm.specifier
-    assert vllm.specifier == SpecifierSet(SUPPORTED_RANGE)
+    assert not {r.name for r in requirements} & {"vllm", "torch", "triton"}, "those are the host's"
 
 
 def test_vllm_finds_the_plugin_and_the_shell_the_command(wheel: zipfile.ZipFile) -> None:

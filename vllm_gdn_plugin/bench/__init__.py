@@ -1,4 +1,4 @@
-"""``vllm-gdn-plugin bench``: times the two input projections of a GDN layer, alone, in each strategy.
+"""``vllm-gdn-plugin bench``: times a GDN layer, its projections, an engine and its start-up, beside stock vLLM.
 
 Importing this package imports nothing else; what it measures with comes with the extra ``bench``.
 """

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import entry_points
@@ -119,10 +118,9 @@ MAY_RUN = "may run in Qwen3.5 and later: it proves itself when the engine starts
 MAY_RUN_FROM = "may run in Qwen3.5 and later with vLLM 0.28 and later: it proves itself when the engine starts"
 
 
-def check_here(environ: Mapping[str, str] | None = None) -> Report:
+def check_here() -> Report:
     """What will happen in this environment when vLLM starts. Imports vLLM, and asks it for its platform."""
-    environ = os.environ if environ is None else environ
-    settings, warnings = read_settings(environ)
+    settings, warnings = read_settings()
     try:
         with redirect_stdout(sys.stderr):  # the report alone belongs on stdout, whatever an import prints
             found, package = imports.version(), imports.package_directory()
@@ -131,10 +129,10 @@ def check_here(environ: Mapping[str, str] | None = None) -> Report:
         return Report("unknown", reason, SERIAL, ADVICE["unknown"], warnings=warnings)
     contract = check_contract(package)
     platform, device = _platform(settings, found, contract)
-    decision = decide(settings, found, contract, lambda: platform or "unknown")
+    decision = decide(settings, found, contract, platform or "unknown")
     if decision.status != "refused" and platform is None:
         decision = Decision("unknown", SERIAL, f"vLLM cannot tell its platform: {device}")
-    decision, plugins, entry_point = _seen_by_vllm(decision, environ, warnings)
+    decision, plugins, entry_point = _seen_by_vllm(decision, warnings)
     advice = ADVICE[decision.status]
     if settings.strict and decision.status in ("serial", "refused") and settings.strategy != SERIAL:
         advice = STRICT_ADVICE
@@ -329,9 +327,7 @@ def _platform(settings: Settings, found: str, contract: Contract) -> tuple[str |
     except (Exception, SystemExit) as error:
         return None, in_one_line(error)
     try:
-        from vllm.platforms import current_platform
-
-        return name, str(current_platform.get_device_name())
+        return name, facts.gpu()
     except Exception as error:
         return name, f"not known: {in_one_line(error)}"
 
@@ -343,13 +339,11 @@ def _torch_version() -> str | None:
         return None
 
 
-def _seen_by_vllm(
-    decision: Decision, environ: Mapping[str, str], warnings: list[str]
-) -> tuple[Decision, str, str | None]:
+def _seen_by_vllm(decision: Decision, warnings: list[str]) -> tuple[Decision, str, str | None]:
     """Whether vLLM will load the plugin at all: its entry point, and what VLLM_PLUGINS says of it."""
     points = entry_points(group=GROUP).select(name=NAME)
     entry_point = ", ".join(sorted(f"{p.name} = {p.value}" for p in points)) or None
-    chosen = environ.get("VLLM_PLUGINS")
+    chosen = os.environ.get("VLLM_PLUGINS")
     shown = "not set: every plugin is loaded" if chosen is None else repr(chosen)
     if chosen is not None:
         known = {p.name for g in entry_points().groups if g.startswith("vllm.") for p in entry_points(group=g)}

@@ -1,6 +1,5 @@
 """Whether the plugin takes part at all: one function, the same for ``register()`` and for ``check``."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,22 +37,21 @@ def decide(
     settings: Settings,
     vllm_version: str,
     contract: Contract,
-    platform: Callable[[], str],
+    platform: str,
 ) -> Decision:
     """Version, contract, platform: the first that does not hold decides.
 
     Args:
         vllm_version: ``vllm.__version__``.
         contract: what the check of the host's source found.
-        platform: names the host's platform; only called where the contract holds.
+        platform: the host's.
     """
     verdict = judge_version(vllm_version, settings.allow_untested)
     why = refusal(verdict, contract)
     if why is not None:
         return Decision("refused", SERIAL, why)
-    named = platform()
-    chosen = platform_plan(named, settings.strategy)
-    if settings.strategy == SERIAL and settings.decode_kernel == "1" and named == "cuda":
+    chosen = platform_plan(platform, settings.strategy)
+    if settings.strategy == SERIAL and settings.decode_kernel == "1" and platform == "cuda":
         return Decision("active", SERIAL, "VLLM_GDN_PLUGIN_DECODE_KERNEL=1 asks for the decode kernel alone")
     return Decision("serial" if chosen.strategy == SERIAL else "active", chosen.strategy, chosen.reason)
 

@@ -8,6 +8,7 @@ HEAD_DIM = 128
 """Keys and values of a head, the only size that the kernel is made for."""
 
 CONV_WIDTH = 4
+"""Taps of conv1d; its state is the last three of its inputs."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""The only place that knows vLLM's names. Everything here imports vLLM when it is called, never before."""
+"""What is asked of vLLM, and where the plugin takes part in it. All imports vLLM when it is called, never before."""

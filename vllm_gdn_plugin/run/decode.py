@@ -24,10 +24,10 @@ from vllm_gdn_plugin.tune.choose import at
 KERNEL = "kernel"
 STOCK = "stock"
 
-FEW_TOKENS = 16
+MOST_BY_RULE = 16
 """Where nothing is timed, batches of up to so many tokens take the kernel."""
 
-MOST_TOKENS = 512
+MOST_DECODED = 512
 """No larger batch takes it."""
 
 INT32 = 2**31
@@ -52,8 +52,8 @@ class Decode:
 
     def takes(self, num_tokens: int) -> bool:
         """Whether a batch of so many tokens, all of them decoding, takes the kernel."""
-        by_rule = KERNEL if num_tokens <= FEW_TOKENS else STOCK
-        if self.broken or self.counters is None or num_tokens > MOST_TOKENS:
+        by_rule = KERNEL if num_tokens <= MOST_BY_RULE else STOCK
+        if self.broken or self.counters is None or num_tokens > MOST_DECODED:
             return False
         return at(self.ways, num_tokens, by_rule) == KERNEL
 
@@ -140,7 +140,7 @@ def new_counters(layer: Any, core_attn_out: torch.Tensor) -> torch.Tensor:
 
     value_heads, dim = core_attn_out.shape[-2:]
     key_heads = (layer.conv1d.weight.shape[0] // dim - value_heads) // 2
-    return counters_for(MOST_TOKENS, key_heads, core_attn_out.device)
+    return counters_for(MOST_DECODED, key_heads, core_attn_out.device)
 
 
 def run_kernel(

@@ -21,10 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-HEAD_DIM = 128
-"""Keys and values of a head."""
-CONV_WIDTH = 4
-"""Taps of conv1d; its state is the last three of its inputs."""
+from vllm_gdn_plugin.decide.decode import CONV_WIDTH, HEAD_DIM
+
 WARPS = 4
 """Of a program. With more, two threads would hold the same channel of q or k."""
 CHUNK_BYTES = 128

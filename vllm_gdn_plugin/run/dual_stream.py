@@ -24,7 +24,7 @@ from vllm_gdn_plugin.host.layers import layer_by_name
 from vllm_gdn_plugin.host.streams import breakable_capture, is_captured
 from vllm_gdn_plugin.report import unexpected, warn_once
 
-MOST_TOKENS = 1024
+MOST_OVERLAPPED = 1024
 """Above this number of tokens in a batch the wide projection fills the GPU and there is nothing left to overlap."""
 
 RAN_SERIALLY = "dual_stream runs serially in a CUDA graph"

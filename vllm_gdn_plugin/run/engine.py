@@ -8,7 +8,7 @@ import torch
 
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM
 from vllm_gdn_plugin.report import Record, unexpected, warn_once
-from vllm_gdn_plugin.run.decode import KERNEL, MOST_TOKENS, Decode
+from vllm_gdn_plugin.run.decode import KERNEL, MOST_DECODED, Decode
 from vllm_gdn_plugin.run.fused import FusedWeight
 from vllm_gdn_plugin.run.timing import decode_ways_of, rows_of, ways_of
 from vllm_gdn_plugin.tune.settle import UNTIMED
@@ -63,7 +63,7 @@ def settle_decode(stock: Any, records: Iterable[Record], everywhere: bool) -> st
             why_not = _why_wrong(stock, layer)
         except Exception as error:
             why_not = unexpected(error)
-        ways, phrase = {MOST_TOKENS: KERNEL}, f"kernel at up to {MOST_TOKENS} tokens"
+        ways, phrase = {MOST_DECODED: KERNEL}, f"kernel at up to {MOST_DECODED} tokens"
         if not why_not and not everywhere:
             ways, phrase = or_by_rule(partial(decode_ways_of, stock, layer, first.decode_facts), first.sizes)
             if ways and KERNEL not in ways.values():

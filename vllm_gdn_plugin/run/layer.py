@@ -9,7 +9,7 @@ import torch
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, FUSED, SERIAL
 from vllm_gdn_plugin.report import warn_once
 from vllm_gdn_plugin.run.decode import Decode, forward_packed, run_core
-from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS, project_side_by_side
+from vllm_gdn_plugin.run.dual_stream import MOST_OVERLAPPED, project_side_by_side
 from vllm_gdn_plugin.run.fused import FusedWeight
 from vllm_gdn_plugin.tune.choose import at
 
@@ -33,7 +33,7 @@ class Gdn:
 
     def overlaps(self, num_tokens: int) -> bool:
         """Whether dual_stream overlaps a captured batch of this size."""
-        return num_tokens <= MOST_TOKENS and at(self.ways, num_tokens, DUAL_STREAM) == DUAL_STREAM
+        return num_tokens <= MOST_OVERLAPPED and at(self.ways, num_tokens, DUAL_STREAM) == DUAL_STREAM
 
     def __deepcopy__(self, memo: Any) -> "Gdn":
         return Gdn()  # a copied layer has weights of its own, and runs as in stock vLLM

@@ -10,9 +10,8 @@ import torch
 
 from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM, SERIAL, LayerFacts
-from vllm_gdn_plugin.run.decode import KERNEL, STOCK
-from vllm_gdn_plugin.run.decode import MOST_TOKENS as MOST_DECODED
-from vllm_gdn_plugin.run.dual_stream import MOST_TOKENS, WAYS
+from vllm_gdn_plugin.run.decode import KERNEL, MOST_DECODED, STOCK
+from vllm_gdn_plugin.run.dual_stream import MOST_OVERLAPPED, WAYS
 from vllm_gdn_plugin.run.fused import rows_to_choose_from
 from vllm_gdn_plugin.tune.choose import described, fastest, fastest_throughout
 from vllm_gdn_plugin.tune.settle import case_of, kept, settled
@@ -25,7 +24,7 @@ CACHE_FILLS = 4
 SCRATCH_BYTES = 256 * 2**20
 """Of recurrent states, to time the decode."""
 
-FEW_TOKENS = 256
+ROWS_TIMED_TO = 256
 """Rows are chosen by the times of batches of up to so many tokens, at powers of two of them."""
 
 
@@ -58,7 +57,7 @@ def rows_of(like: torch.Tensor, outputs: int, sizes: Sequence[int]) -> int:
     """
     hidden_size = like.shape[1]
     rows = rows_to_choose_from(outputs, hidden_size * like.itemsize)
-    sizes = [n for n in sizes if n <= FEW_TOKENS and n & (n - 1) == 0]
+    sizes = [n for n in sizes if n <= ROWS_TIMED_TO and n & (n - 1) == 0]
     if not sizes or len(rows) == 1:
         return rows[0]
     ways = [str(n) for n in rows]
@@ -97,7 +96,7 @@ def ways_of(
         sizes: captured numbers of tokens; none where nothing may be timed.
     """
     hidden_size = layers[0].in_proj_qkvz.input_size
-    sizes = [n for n in sizes if n <= MOST_TOKENS]
+    sizes = [n for n in sizes if n <= MOST_OVERLAPPED]
     if not sizes or not ready:
         return {}, ""
     case = projections_case(facts, hidden_size)

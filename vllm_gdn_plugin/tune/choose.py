@@ -1,6 +1,6 @@
 """What is chosen by times: pure functions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import groupby
 from statistics import fmean
 
@@ -46,11 +46,11 @@ def at(chosen: Mapping[int, str], num_tokens: int, otherwise: str) -> str:
     return chosen[min((size for size in chosen if size >= num_tokens), default=max(chosen))]
 
 
-def described(chosen: Mapping[int, str], name: Callable[[str], str] = str) -> str:
+def described(chosen: Mapping[int, str]) -> str:
     """``dual_stream at 1 to 64 tokens, serial at 72 to 512 tokens``."""
     by_way = groupby(sorted(chosen.items()), key=lambda one: one[1])
     runs = [(way, [tokens for tokens, _ in run]) for way, run in by_way]
-    return ", ".join(f"{name(way)} at {_span(run)} token{'' if run == [1] else 's'}" for way, run in runs)
+    return ", ".join(f"{way} at {_span(run)} token{'' if run == [1] else 's'}" for way, run in runs)
 
 
 def _span(run: list[int]) -> str:

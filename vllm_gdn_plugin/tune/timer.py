@@ -20,9 +20,9 @@ MOST_TAKEN = 2**20
 Result = TypeVar("Result")
 
 
-def interleaved(names: list[str], rounds: int, seed: int = 0) -> list[list[str]]:
+def interleaved(names: list[str], rounds: int) -> list[list[str]]:
     """The order within each round: shuffled, so that none always follows the same other."""
-    generator = random.Random(seed)
+    generator = random.Random(0)
     return [generator.sample(names, len(names)) for _ in range(rounds)]
 
 
@@ -80,9 +80,7 @@ SECONDS = 2.0
 """After this long no further number of tokens is timed."""
 
 
-def timed(
-    works: Works, sizes: Iterable[int], token_bytes: int, rounds: int = ROUNDS, seconds: float = SECONDS
-) -> Times:
+def timed(works: Works, sizes: Iterable[int], token_bytes: int, seconds: float = SECONDS) -> Times:
     """Times of one layer in some interleaved rounds; the memory that it took is given back, also where it fails.
 
     Args:
@@ -90,7 +88,7 @@ def timed(
         token_bytes: what a step allocates for a token where its input is quantised, see :func:`in_turn`.
     """
     try:
-        return _timed(works, sizes, token_bytes, rounds, seconds)
+        return _timed(works, sizes, token_bytes, seconds)
     except Exception as error:
         traceback.clear_frames(error.__traceback__)  # which hold the graphs
         raise
@@ -98,7 +96,7 @@ def timed(
         release_workspaces()
 
 
-def _timed(works: Works, sizes: Iterable[int], token_bytes: int, rounds: int, seconds: float) -> Times:
+def _timed(works: Works, sizes: Iterable[int], token_bytes: int, seconds: float) -> Times:
     timer = CudaTimer()
     times: Times = {}
     with unchanged_stream(), torch.inference_mode():  # the latter as the engine: Dynamo would compile twice
@@ -109,7 +107,7 @@ def _timed(works: Works, sizes: Iterable[int], token_bytes: int, rounds: int, se
             steps = works(tokens)
             moved = tokens * token_bytes
             prepared = {way: timer.prepare(partial(in_turn, each, moved, "cuda"))[0] for way, each in steps.items()}
-            samples = timer.measure(prepared, rounds, warm_up=1)
+            samples = timer.measure(prepared, ROUNDS, warm_up=1)
             prepared.clear()  # a graph that ends later could give back the workspace of the next ones
             times[tokens] = {way: _time(samples[way], len(steps[way])) for way in steps}
     return times
