@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from answered import assert_same_but_for_rounding, our_lines, said
 from gpu_layers import SHAPES
 from quantize import quantize
 from safetensors.torch import load_file
@@ -371,16 +372,6 @@ def run(run_generate: Callable[..., Any], witness: Callable[..., Any]) -> Callab
     return generate
 
 
-def said(answer: dict[str, Any]) -> tuple[Any, Any]:
-    return answer["token_ids"], answer["logprobs"]
-
-
-def assert_same_but_for_rounding(got: dict[str, Any], stock: dict[str, Any]) -> None:
-    assert got["token_ids"] == stock["token_ids"]
-    for ours, theirs in zip(got["logprobs"], stock["logprobs"], strict=True):
-        assert ours == pytest.approx(theirs, abs=0.05)
-
-
 ROUTES = {"path": None, "iterator": ".", "only ba": r"in_proj_[ba]\.", "only qkvz": r"in_proj_(qkv|z)\."}
 """What is handed to vLLM's reload_weights, which loads layer by layer: a path, or those weights of an iterator."""
 
@@ -443,7 +434,7 @@ def test_a_linear_method_that_is_swapped_after_construction(run: Callable[..., A
     got = run("qwen3_5", {"VLLM_GDN_PLUGIN_STRATEGY": strategy}, "linear methods")
     assert said(got) == said(stock)
     assert got["ran"] == {}
-    lines = [line for line in got["log"].splitlines() if "vllm-gdn-plugin" in line]
+    lines = our_lines(got["log"])
     assert len(lines) == 1, lines
     (line,) = lines
     assert "steps aside, vLLM runs as it is: " in line

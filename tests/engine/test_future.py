@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from answered import our_lines, said
 from serving import MODEL_NAME, engine_env, serve
 
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES, layer_module
@@ -214,7 +215,7 @@ def foretold(env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def the_line(log: str) -> str:
-    (line,) = [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
+    (line,) = our_lines(log)
     return line
 
 
@@ -231,7 +232,7 @@ def test_stock_vllm_runs_and_one_line_says_what_has_changed(
 ) -> None:
     env = to_come(change) | ON | (ALLOW if allow else {})
     got = run_generate("qwen3_5", env=env)
-    assert (got["token_ids"], got["logprobs"]) == (stock(change)["token_ids"], stock(change)["logprobs"])
+    assert said(got) == said(stock(change))
     line = the_line(got["log"])
     reason = foretold(engine_env(scratch, **env))["reason"]
     assert line.endswith(f"steps aside, vLLM runs as it is: {reason}")
@@ -252,7 +253,7 @@ def test_an_op_of_the_same_name_in_the_host_s_namespace_is_no_obstacle(
     env, _ = witness()
     env["PYTHONPATH"] = os.pathsep.join([to_come(change)["PYTHONPATH"], env["PYTHONPATH"]])
     got = run_generate("qwen3_5", env=env | ON | ALLOW)
-    assert (got["token_ids"], got["logprobs"]) == (stock(change)["token_ids"], stock(change)["logprobs"])
+    assert said(got) == said(stock(change))
     assert list(got["ran"]) == ["dual_stream"]
     assert f"dual_stream on 3 of 3 GDN layers (platform cpu, vLLM {VERSION})" in the_line(got["log"])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answered import said
 from serving import engine_env
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +92,7 @@ def test_the_engine_answers_and_one_line_tells(
     tmp_path: Path,
     install: Callable[..., None],
 ) -> None:
-    times, said, code, status = INSTALLATIONS[install]
+    times, told, code, status = INSTALLATIONS[install]
     python, site = environment(tmp_path / "venv")
     (tmp_path / "path").mkdir()
     install(built, site, tmp_path / "path")
@@ -103,10 +104,10 @@ def test_the_engine_answers_and_one_line_tells(
     seen = subprocess.run([python, "-c", count], env=env, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True)
     assert int(seen.stdout) == times
     got = run_generate("qwen3_5", env=env, launcher=[python])
-    assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+    assert said(got) == said(stock)
     lines = [line for line in got["log"].splitlines() if "vllm-gdn-plugin" in line or "Failed to load" in line]
-    assert len(lines) == len(said), got["log"]
-    assert all(part in line for part, line in zip(said, lines, strict=True))
+    assert len(lines) == len(told), got["log"]
+    assert all(part in line for part, line in zip(told, lines, strict=True))
 
     command = [python, "-m", PACKAGE, "check", "--json"]
     check = subprocess.run(command, env=engine_env(scratch, **env), cwd=tmp_path, capture_output=True, text=True)

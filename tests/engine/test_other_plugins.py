@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answered import our_lines, said
 
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES, layer_module
 
@@ -79,14 +80,14 @@ def run(run_generate: Callable[..., Any], witness: Callable[..., Any], scratch: 
         folders = [scratch / "ours", scratch / "other"] if ours_first else [scratch / "other"]
         extra["PYTHONPATH"] = os.pathsep.join([first, *map(str, folders), *others])
         got = run_generate("qwen3_5", env=extra | env, **options)
-        lines = [line for line in got["log"].splitlines() if "vllm-gdn-plugin" in line]
+        lines = our_lines(got["log"])
         return got | {"events": [event["event"] for event in events()], "said": lines}
 
     return generate
 
 
 def assert_theirs(got: dict[str, Any], stock: dict[str, Any]) -> None:
-    assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+    assert said(got) == said(stock)
     assert got["events"].count("other plugin's layer built") >= GDN_LAYERS
     assert got["ran"] == {}
     (line,) = got["said"]
@@ -114,7 +115,7 @@ def test_the_other_plugin_s_class_is_built(run: Callable[..., Any], stock: Any, 
 @pytest.mark.slow
 def test_the_layer_s_module_is_imported_early_by_somebody_else(run: Callable[..., Any], stock: Any) -> None:
     got = run(ON | {"OTHER_PLUGIN": "imports the layer"})
-    assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+    assert said(got) == said(stock)
     assert got["events"].index("layer imported") < got["events"].index("settings read")
     assert list(got["ran"]) == ["dual_stream"]
     (line,) = got["said"]
@@ -137,7 +138,7 @@ def test_each_engine_of_a_process_decides_for_itself(run: Callable[..., Any], st
     env = ON | {"OTHER_PLUGIN": "registers nothing", "ENGINES": json.dumps(["ours", "theirs", "ours"])}
     got = run(env, script=HERE / "engines.py")
     for answer in got["engines"]:
-        assert (answer["token_ids"], answer["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+        assert said(answer) == said(stock)
     ours = ["vllm_gdn_plugin.run.layer." + GDN_CLASSES[str(MODULE)]]
     theirs = ["other_plugin.take.<locals>.OtherPluginsLayer"]
     assert [answer["classes"] for answer in got["engines"]] == [ours, theirs, ours]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answered import TOLERANCE, assert_same_but_for_rounding, our_lines, said
 from serving import MODEL_NAME, engine_env, serve
 from tiny_model import make_model
 
@@ -49,7 +50,7 @@ def test_tensor_parallel_size_2(run_generate: Callable[..., Any], witness: Calla
     env, events = witness()
     env["VLLM_CACHE_ROOT"] = str(tmp_path)
     got = run_generate("qwen3_5", env=env | SEPARATE | ON, tp=2)
-    assert (got["token_ids"], got["logprobs"]) == (stock["token_ids"], stock["logprobs"])
+    assert said(got) == said(stock)
 
     assert processes(events(), "plugins loaded") >= {"main", "EngineCore", "VllmWorker"}
     assert processes(stock_events(), "GDN module imported") == {"VllmWorker", "inspection"}
@@ -101,9 +102,7 @@ def stock_of_two_stages(two_stages: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("strategy", ["dual_stream", "fused"])
 def test_pipeline_parallel_size_2(two_stages: Callable[..., Any], stock_of_two_stages: Any, strategy: str) -> None:
     got, events = two_stages({"VLLM_GDN_PLUGIN_STRATEGY": strategy})
-    assert got["token_ids"] == stock_of_two_stages["token_ids"]
-    for ours, theirs in zip(got["logprobs"], stock_of_two_stages["logprobs"], strict=True):
-        assert ours == pytest.approx(theirs, abs=0.05 if strategy == "fused" else 0)
+    assert_same_but_for_rounding(got, stock_of_two_stages, TOLERANCE if strategy == "fused" else 0)
     assert workers(events, strategy) == 2
     assert reports(got["log"]) == [f"{strategy} on 3 of 3 GDN layers of pipeline stage {stage}" for stage in (0, 1)]
 
@@ -140,7 +139,7 @@ def stock_with_ray(with_ray: Callable[..., Any]) -> Any:
 def test_ray(with_ray: Callable[..., Any], stock_with_ray: Any, executor: str) -> None:
     """vLLM takes the settings to both of Ray's workers."""
     got, events = with_ray(ON | {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": str(int(executor == "RayExecutorV2"))})
-    assert (got["token_ids"], got["logprobs"]) == (stock_with_ray["token_ids"], stock_with_ray["logprobs"])
+    assert said(got) == said(stock_with_ray)
     assert processes(events, "dual_stream ran") == {"ray"}
     assert workers(events, "dual_stream") == 2
     # The workers of the older executor log no vLLM line below a warning, with or without the plugin.
@@ -210,7 +209,7 @@ def test_serving_over_http(answer: Callable[..., Any], stock_answer: Any) -> Non
     assert got == stock_answer
     assert processes(events, "plugins loaded") >= {"main", "EngineCore", "VllmWorker"}
     assert processes(events, "dual_stream ran") == {"VllmWorker"}
-    lines = [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
+    lines = our_lines(log)
     assert len(lines) == 1
     assert "dual_stream on 3 of 3 GDN layers (platform cpu, vLLM " in lines[0]
 
@@ -230,7 +229,7 @@ def test_a_server_works_where_the_plugin_refuses_or_fails(
 ) -> None:
     got, log, _ = answer(step, **ON)
     assert got == stock_answer
-    lines = [line for line in log.splitlines() if "vllm-gdn-plugin" in line]
+    lines = our_lines(log)
     assert len(lines) == 1
     assert "steps aside, vLLM runs as it is" in lines[0]
 

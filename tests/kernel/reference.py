@@ -1,5 +1,6 @@
 """A decode step of a GDN layer in float64, and inputs for it."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import torch
 
 DIM, TAPS = 128, 4
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""The kernels run in Triton's interpreter, on a CPU."""
+DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The decode kernel against the recurrence in float64: outputs, both states, what it leaves alone, what it rejects."""
 
-import os
 from typing import Any
 
 import pytest
@@ -8,13 +7,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from reference import DIM, Step, error, make_step, nearest, reference, toward_zero  # noqa: E402
+from reference import DEVICE, DIM, INTERPRETED, Step, error, make_step, nearest, reference, toward_zero  # noqa: E402
 
 from vllm_gdn_plugin.run import decode_kernel  # noqa: E402
 from vllm_gdn_plugin.run.decode_kernel import FEW, MANY, Variant, counters_for, decode, variant_for  # noqa: E402
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 ROUND = toward_zero if INTERPRETED else nearest
 FLIPS = 1e-3
 """The error left when both sides are rounded to bfloat16: a few numbers, rounded to the other side."""

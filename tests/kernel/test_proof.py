@@ -5,12 +5,12 @@ from typing import Any, cast
 
 import pytest
 import torch
+from reference import DEVICE, DIM
 
 pytest.importorskip("vllm", reason="the plugin's ops are registered with vLLM's help")
 
-HEADS, KEY_HEADS, DIM = 4, 2, 128
+HEADS, KEY_HEADS = 4, 2
 QKV = (2 * KEY_HEADS + HEADS) * DIM
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Stock:
