@@ -4,9 +4,10 @@ import os
 import sys
 from collections.abc import Mapping
 
-from vllm_gdn_plugin.bench.engine.variants import PLUGINS, STRATEGY
+from vllm_gdn_plugin.bench.engine.variants import STRATEGY
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
-from vllm_gdn_plugin.host import imports, layers, process
+from vllm_gdn_plugin.host import imports, layers
+from vllm_gdn_plugin.host.process import PLUGINS
 from vllm_gdn_plugin.install import compile_factors, register
 from vllm_gdn_plugin.settings import PREFIX, read_settings
 
@@ -24,7 +25,9 @@ def switch_plugin(variables: Mapping[str, str]) -> None:
     """Have this process build its next engine with these environment variables: with the plugin where they name a
     strategy, else as stock vLLM, whatever an earlier engine was built with."""
     imports.stop_watching()
-    process.withdraw_variables(compile_factors(read_settings()[0]))
+    known = getattr(sys.modules.get("vllm.envs"), "environment_variables", {})
+    for name in compile_factors(read_settings()[0]):
+        known.pop(name, None)
     for module, name in GDN_CLASSES.items():
         if module in sys.modules:
             layers.withdraw_from(getattr(sys.modules[module], name))

@@ -7,9 +7,10 @@ Every installed plugin is loaded, the one under test only `with`. Ends with a li
 
 import os
 import sys
-from importlib.metadata import distributions
 
 import pytest
+
+from vllm_gdn_plugin.host.process import PLUGINS, plugin_names, plugins_without_ours
 
 
 class WithoutCleanup:
@@ -21,11 +22,8 @@ class WithoutCleanup:
 
 
 def main() -> int:
-    entry_points = [entry_point for distribution in distributions() for entry_point in distribution.entry_points]
-    names = {entry_point.name for entry_point in entry_points if entry_point.group.startswith("vllm.")}
-    if sys.argv[1] == "without":
-        names.discard("vllm_gdn_plugin")
-    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names))
+    names = ",".join(sorted(plugin_names()))
+    os.environ[PLUGINS] = plugins_without_ours({PLUGINS: names}) if sys.argv[1] == "without" else names
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()

@@ -21,8 +21,9 @@ sys.path.extend(str(Path(__file__).parents[2] / folder) for folder in ("benchmar
 
 from switch_plugin import switch_plugin
 
-from vllm_gdn_plugin.bench.engine.variants import NAME, PLUGINS, STRATEGY
+from vllm_gdn_plugin.bench.engine.variants import STRATEGY
 from vllm_gdn_plugin.decide import plan
+from vllm_gdn_plugin.host.process import NAME, PLUGINS
 from vllm_gdn_plugin.settings import variable
 
 STEPS = 256

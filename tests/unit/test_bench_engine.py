@@ -14,11 +14,12 @@ import pytest
 from vllm_gdn_plugin.bench import cli
 from vllm_gdn_plugin.bench.engine.results import COMPILE, SERVE, EngineRun
 from vllm_gdn_plugin.bench.engine.server import ServerFailed
-from vllm_gdn_plugin.bench.engine.variants import OFF, plugins_without_ours, require_at_work, variants
+from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work, variants
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 from vllm_gdn_plugin.bench.report import load, write_report
 from vllm_gdn_plugin.bench.results import Machine
 from vllm_gdn_plugin.cli.main import main
+from vllm_gdn_plugin.host.process import plugins_without_ours
 
 MACHINE = Machine("cpu", "a processor", "3.11.0", "0.1.0", "2.13.0", vllm="0.32.0")
 

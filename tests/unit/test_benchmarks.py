@@ -498,11 +498,11 @@ def test_an_engine_after_stock_has_the_process_s_own_list_of_plugins(
     """Its worker processes read it."""
     import switch_plugin
 
-    from vllm_gdn_plugin.bench.engine.variants import PLUGINS, STRATEGY
+    from vllm_gdn_plugin.bench.engine.variants import STRATEGY
+    from vllm_gdn_plugin.host.process import PLUGINS
 
     registered: list[str | None] = []
-    for name in ("imports.stop_watching", "process.withdraw_variables"):
-        monkeypatch.setattr(f"switch_plugin.{name}", lambda *_: None)
+    monkeypatch.setattr(switch_plugin.imports, "stop_watching", lambda: None)
     monkeypatch.setattr(switch_plugin, "register", lambda: registered.append(os.environ.get(PLUGINS)))
     monkeypatch.setattr(switch_plugin, "BEFORE", {} if before is None else {PLUGINS: before})
     monkeypatch.setenv(PLUGINS, "")

@@ -17,7 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from vllm_gdn_plugin.cli.check import GROUP, NAME
+from vllm_gdn_plugin.cli.check import GROUP
+from vllm_gdn_plugin.host.process import NAME
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_gdn_plugin"

@@ -30,6 +30,7 @@ from vllm_gdn_plugin.decide.decode import DecodeFacts, why_no_kernel
 from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
 from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, SERIAL, platform_plan
 from vllm_gdn_plugin.host import facts, imports
+from vllm_gdn_plugin.host.process import NAME, PLUGINS, plugin_names
 from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
 GROUP = "vllm.general_plugins"
-NAME = "vllm_gdn_plugin"
 
 EXIT_ACTIVE, EXIT_ASIDE, EXIT_UNKNOWN = 0, 1, 2
 
@@ -343,10 +343,10 @@ def _seen_by_vllm(decision: Decision, warnings: list[str]) -> tuple[Decision, st
     """Whether vLLM will load the plugin at all: its entry point, and what VLLM_PLUGINS says of it."""
     points = entry_points(group=GROUP).select(name=NAME)
     entry_point = ", ".join(sorted(f"{p.name} = {p.value}" for p in points)) or None
-    chosen = os.environ.get("VLLM_PLUGINS")
+    chosen = os.environ.get(PLUGINS)
     shown = "not set: every plugin is loaded" if chosen is None else repr(chosen)
     if chosen is not None:
-        known = {p.name for g in entry_points().groups if g.startswith("vllm.") for p in entry_points(group=g)}
+        known = plugin_names()
         for name in chosen.split(","):
             if name and name not in known:
                 warnings.append(f"VLLM_PLUGINS names {name!r}, and no such plugin is installed: vLLM does not say so")

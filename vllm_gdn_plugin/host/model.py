@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import shorten
 from types import SimpleNamespace
 from typing import Any
 
-import vllm_gdn_plugin
 from vllm_gdn_plugin.decide.checkpoint import EngineFlags, GdnShape, ModelFacts, Undecidable, Unreadable, gdn_shape
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import LayerFacts
 from vllm_gdn_plugin.host import facts, layers
+from vllm_gdn_plugin.host.process import PLUGINS, plugins_without_ours
 
 INTERLEAVED = "Qwen3NextForCausalLM"
 """The model class whose projections are one part each; in the others q, k, v, z, b and a are parts of their own."""
@@ -213,16 +212,14 @@ def _decode_facts(
 @contextmanager
 def without_this_plugin() -> Iterator[None]:
     """vLLM's configuration loads the general plugins: let it be all but this one, whose part is told by its rules."""
-    before = os.environ.get("VLLM_PLUGINS")
-    known = {p.name for g in entry_points().groups if g.startswith("vllm.") for p in entry_points(group=g)}
-    names = known if before is None else set(before.split(","))
-    os.environ["VLLM_PLUGINS"] = ",".join(sorted(names - {vllm_gdn_plugin.__name__}))
+    before = os.environ.get(PLUGINS)
+    os.environ[PLUGINS] = plugins_without_ours(os.environ)
     try:
         yield
     finally:
-        del os.environ["VLLM_PLUGINS"]
+        del os.environ[PLUGINS]
         if before is not None:
-            os.environ["VLLM_PLUGINS"] = before
+            os.environ[PLUGINS] = before
 
 
 @contextmanager

@@ -1,12 +1,18 @@
 """This process among vLLM's: who speaks, in which voice, and what vLLM is told of the plugin's variables."""
 
 import logging
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 LOGGER = "vllm.vllm_gdn_plugin"
+
+NAME = "vllm_gdn_plugin"
+"""Of the entry point."""
+
+PLUGINS = "VLLM_PLUGINS"
+"""Names the plugins that vLLM loads; not set: all."""
 
 
 def logger() -> logging.Logger:
@@ -48,11 +54,16 @@ def declare_variables(variables: dict[str, Callable[[], Any]]) -> None:
     envs.environment_variables.update(variables)
 
 
-def withdraw_variables(names: Iterable[str]) -> None:
-    """Take back what :func:`declare_variables` has done, be it all, a part or nothing."""
-    known = getattr(sys.modules.get("vllm.envs"), "environment_variables", {})
-    for name in names:
-        known.pop(name, None)
+def plugin_names() -> set[str]:
+    """The names of all of vLLM's plugins that are installed, of whatever kind."""
+    points = entry_points()
+    return {point.name for group in points.groups if group.startswith("vllm.") for point in points.select(group=group)}
+
+
+def plugins_without_ours(environment: Mapping[str, str]) -> str:
+    """``VLLM_PLUGINS`` for an engine like this one that does not load the plugin, and loads all else it would load."""
+    names = environment[PLUGINS].split(",") if PLUGINS in environment else sorted(plugin_names())
+    return ",".join(name for name in names if name not in ("", NAME))
 
 
 def tuning_directory() -> Path:

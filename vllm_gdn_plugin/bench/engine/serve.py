@@ -22,8 +22,9 @@ from vllm_gdn_plugin.bench.engine.server import (
     launch,
     may_start_at_once,
 )
-from vllm_gdn_plugin.bench.engine.variants import OFF, PLUGINS, require_at_work
+from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
+from vllm_gdn_plugin.host.process import PLUGINS
 
 START = "start"
 

@@ -3,17 +3,15 @@
 import os
 import re
 from collections.abc import Iterable, Mapping
-from importlib.metadata import distributions
 
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 from vllm_gdn_plugin.decide.plan import AUTO, REQUESTS, SERIAL
+from vllm_gdn_plugin.host.process import NAME, PLUGINS, plugins_without_ours
 from vllm_gdn_plugin.settings import describe, variable
 
-NAME = "vllm_gdn_plugin"
 OFF = "off"
 """The stock engine: the plugin is not loaded, and every other plugin is."""
 
-PLUGINS = "VLLM_PLUGINS"
 STRATEGY = variable("strategy")
 BEFORE_NUMBER = "-"
 """Between a variant's name and the number of its start, from the second on."""
@@ -59,16 +57,6 @@ def start_of(variant: str) -> str:
 def starts_of(names: Iterable[str], kind: str) -> list[str]:
     """Those of the names that are starts of this variant."""
     return [name for name in names if kind_of(name) == kind]
-
-
-def plugins_without_ours(environment: Mapping[str, str]) -> str:
-    """``VLLM_PLUGINS`` for an engine like this one that does not load the plugin, and loads all else it would load."""
-    if PLUGINS in environment:
-        names = environment[PLUGINS].split(",")
-    else:
-        points = [point for distribution in distributions() for point in distribution.entry_points]
-        names = sorted({point.name for point in points if re.fullmatch(r"vllm\..*plugins", point.group)})
-    return ",".join(name for name in names if name not in ("", NAME))
 
 
 def _plugins_with_ours(environment: Mapping[str, str]) -> dict[str, str]:
