@@ -99,7 +99,7 @@ def adopt(settings: Settings, platform: str, no_kernel: str | None, stock: Any, 
         if chosen.strategy == FUSED:
             from vllm_gdn_plugin.run.engine import fuse
 
-            layer.gdn.fused = fuse(layer, record, by_time=settings.strategy == AUTO)
+            layer.gdn.fused = fuse(layer, record, by_time=settings.strategy == AUTO and not process.has_peers())
         layers.hold_first(layer, hook)
         layer.gdn.strategy = record.strategy = chosen.strategy
         adopted = record.loading = True

@@ -251,3 +251,42 @@ def test_the_forward_hands_both_projections_to_the_core_and_the_result_to_out_pr
     finally:
         torch._dynamo.reset()
     assert torch.allclose(got, 2 * (qkvz[:, QKV:] + ba.sum() + 1))
+
+
+@pytest.mark.parametrize(
+    ("split_at", "within"), [("as vLLM does", False), (["vllm::qwen_gdn_attention_core"], True), ([], False)], ids=str
+)
+def test_a_graph_that_is_split_elsewhere_is_seen(split_at: Any, within: bool) -> None:
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_gdn_plugin.host import facts
+
+    if not any("fused_norm_packed" in op for op in VllmConfig().compilation_config._attention_ops):
+        pytest.skip("this release has no such op")
+    config = VllmConfig()
+    own = config.compilation_config._attention_ops
+    config.compilation_config.splitting_ops = list(own) if split_at == "as vLLM does" else split_at
+    of_layer = SimpleNamespace(
+        platform="cuda",
+        cuda_graphs=True,
+        lora=False,
+        batch_invariant=False,
+        offload=False,
+        ubatching=False,
+        activation_dtype="bfloat16",
+    )
+    layer = SimpleNamespace(
+        get_state_dtype=lambda: (torch.bfloat16, torch.float32),
+        enable_packed_recurrent_decode=True,
+        gqa_interleaved_layout=False,
+        head_k_dim=DIM,
+        head_v_dim=DIM,
+        conv_kernel_size=4,
+        conv1d=SimpleNamespace(bias=None),
+        activation="silu",
+        norm=SimpleNamespace(
+            activation="silu", group_size=None, norm_before_gate=True, weight=SimpleNamespace(dtype=torch.float32)
+        ),
+    )
+    with set_current_vllm_config(config):
+        assert facts.decode_facts(layer, of_layer).core_within_graph is within  # type: ignore[arg-type]

@@ -22,6 +22,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dual batch overlap": ({"ubatching": True}, "dual batch overlap"),
     "breakable graphs": ({"breakable_graphs": True}, "breakable CUDA graphs"),
     "piecewise": ({"piecewise_decode": True}, "PIECEWISE"),
+    "a graph that is split elsewhere": ({"core_within_graph": True}, "splitting_ops"),
     "the operator's choice": ({"turned_off": "VLLM_GDN_DECODE_KERNEL=triton"}, "VLLM_GDN_DECODE_KERNEL=triton"),
     "Qwen3-Next": ({"layout": "interleaved"}, "Qwen3-Next"),
     "other heads": ({"head_dims": (128, 64)}, "128 keys and 64 values"),

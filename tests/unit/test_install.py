@@ -496,6 +496,13 @@ def test_a_fused_layer_has_as_many_rows_as_auto_finds_best(
     assert fusible.said == []
 
 
+@pytest.mark.parametrize("group", ["TP", "PCP"])
+def test_ranks_that_share_a_layer_do_not_time_its_rows(fusible: Any, group: str) -> None:
+    """They might choose differently, and what is compiled has to be alike."""
+    setattr(fusible.vllm("distributed.parallel_state"), group, SimpleNamespace(world_size=2, is_first_rank=True))
+    assert fusible.import_gdn()("layers.0").gdn.fused.rows == 64
+
+
 @pytest.mark.parametrize("method", ["UnquantizedLinearMethod", "Fp8LinearMethod"])
 def test_a_fused_layer_whose_weight_a_loader_replaced_is_planned_anew(fusible: Any, method: str) -> None:
     stock = fusible.import_gdn()

@@ -38,6 +38,8 @@ class DecodeFacts:
     breakable_graphs: bool = False
     piecewise_decode: bool = False
     """vLLM replays decodes in piecewise CUDA graphs (cudagraph_mode PIECEWISE), which hold no attention."""
+    core_within_graph: bool = False
+    """The operator's own `splitting_ops` split the compiled graph, but not at the op that the kernel is in."""
     turned_off: str = ""
     """vLLM's own setting by which the operator has chosen another decode."""
 
@@ -67,6 +69,11 @@ DECODE_RULES: tuple[Rule[DecodeFacts], ...] = (
         "CUDA graphs of whole decode steps, or none",
         lambda f: not f.piecewise_decode,
         lambda f: "cudagraph_mode PIECEWISE leaves the attention out of its graphs",
+    ),
+    Rule(
+        "the compiled graph is split at the attention, as vLLM does it by itself",
+        lambda f: not f.core_within_graph,
+        lambda f: "splitting_ops do not have vLLM's op for the whole layer",
     ),
     Rule(
         "vLLM's own decode is not chosen by `VLLM_GDN_DECODE_KERNEL` or `VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE`",

@@ -56,6 +56,10 @@ def _on_one_device(layer: Any) -> bool:
     return len(devices) == 1 and not devices & {"meta", "None"}
 
 
+CORE = "vllm::qwen_gdn_attention_core_fused_norm_packed"
+"""The op in which the decode kernel runs."""
+
+
 def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
     """The facts on which the decode kernel depends, about a layer of vLLM 0.28 or later."""
     from vllm import envs
@@ -64,6 +68,7 @@ def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
 
     config = get_current_vllm_config()
     mode = getattr(config.compilation_config, "cudagraph_mode", None)
+    split_at = getattr(config.compilation_config, "splitting_ops", None) or ()
     conv_state, ssm_state, *_ = layer.get_state_dtype()
     chosen = os.environ.get("VLLM_GDN_DECODE_KERNEL", "").strip().lower()
     turned_off = f"VLLM_GDN_DECODE_KERNEL={chosen}" if chosen not in ("", "cuda") else ""
@@ -85,6 +90,7 @@ def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
         ubatching=facts.ubatching,
         breakable_graphs=bool(envs.VLLM_USE_BREAKABLE_CUDAGRAPH),
         piecewise_decode=facts.cuda_graphs and mode is not None and mode.decode_mode().name == "PIECEWISE",
+        core_within_graph=facts.cuda_graphs and bool(split_at) and CORE not in split_at,
         turned_off=turned_off,
     )
 

@@ -35,6 +35,17 @@ def is_first_rank_of_stage() -> bool:
     return not model_parallel_is_initialized() or bool(get_tp_group().is_first_rank and get_pcp_group().is_first_rank)
 
 
+def has_peers() -> bool:
+    """Whether other ranks have parts of the same layers.
+
+    They have to choose alike whatever vLLM compiles: while it does, it may wait for all of them (FlashInfer's workspace
+    for fused all-reduces, say), and one that finds its compiled code in the cache would not come.
+    """
+    from vllm.distributed.parallel_state import get_pcp_group, get_tp_group, model_parallel_is_initialized
+
+    return model_parallel_is_initialized() and get_tp_group().world_size * get_pcp_group().world_size > 1
+
+
 def pipeline_stage() -> int | None:
     """The pipeline stage of this process, counted from 0, or None where there is only one."""
     from vllm.distributed.parallel_state import get_pp_group, model_parallel_is_initialized

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 
 from vllm_gdn_plugin.decide.plan import DUAL_STREAM
+from vllm_gdn_plugin.host.process import has_peers
 from vllm_gdn_plugin.report import Record, unexpected, warn_once
 from vllm_gdn_plugin.run.decode import KERNEL, MOST_DECODED, Decode
 from vllm_gdn_plugin.run.fused import FusedWeight
@@ -66,7 +67,7 @@ def settle_decode(stock: Any, records: Iterable[Record], everywhere: bool) -> st
         ways, phrase = {MOST_DECODED: KERNEL}, f"kernel at up to {MOST_DECODED} tokens"
         if not why_not and not everywhere:
             ways, phrase = or_by_rule(partial(decode_ways_of, stock, layer, first.decode_facts), first.sizes)
-            if ways and KERNEL not in ways.values():
+            if ways and KERNEL not in ways.values() and not has_peers():
                 why_not = SLOWER
         for record in group:
             record.no_kernel = why_not
