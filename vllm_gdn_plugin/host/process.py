@@ -43,7 +43,8 @@ def has_peers() -> bool:
     """
     from vllm.distributed.parallel_state import get_pcp_group, get_tp_group, model_parallel_is_initialized
 
-    return model_parallel_is_initialized() and get_tp_group().world_size * get_pcp_group().world_size > 1
+    several = model_parallel_is_initialized() and get_tp_group().world_size * get_pcp_group().world_size > 1
+    return bool(several)
 
 
 def pipeline_stage() -> int | None:
