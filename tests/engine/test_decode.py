@@ -1,5 +1,6 @@
 """What a step of a layer with the decode kernel runs, on stand-ins that count; the kernel itself: tests/kernel."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,20 +226,30 @@ def test_compiled_it_normalises_the_very_buffer_that_the_core_has_filled(
     assert places == [core.data_ptr()]
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_forward_hands_both_projections_to_the_core_and_the_result_to_out_proj(
-    step: Any, monkeypatch: pytest.MonkeyPatch, compiled: bool
+    step: Any, monkeypatch: pytest.MonkeyPatch, compiled: bool, interleaved: bool
 ) -> None:
+    """In order: here an interleaved layer's lie the other way round."""
     from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as host
 
     from vllm_gdn_plugin.run import decode
 
     layer, qkvz, ba = step.layer, torch.randn(ROWS, QKV + HEADS * DIM), torch.randn(ROWS, 2 * HEADS)
     layer.num_v_heads, layer.tp_size, layer.head_v_dim = 2 * HEADS, 2, DIM
+    layer.gqa_interleaved_layout = interleaved
+
+    def in_order(mixed_qkvz: Any, mixed_ba: Any) -> Any:
+        wide = mixed_qkvz.flip(-1).unflatten(-1, (-1, DIM)).split([2, 2, HEADS, HEADS], dim=1)
+        return *wide, *mixed_ba.flip(-1).chunk(2, dim=-1)
+
+    layer.fix_query_key_value_ordering = in_order
     layer.out_proj = lambda x: (x * 2, None)
 
     def core(mixed_qkvz: Any, ba: Any, core_attn_out: Any) -> None:
         assert core_attn_out.shape == (ROWS, HEADS, DIM)
+        assert torch.equal(mixed_qkvz, qkvz)
         core_attn_out.copy_((mixed_qkvz[:, QKV:] + ba.sum()).unflatten(-1, (HEADS, DIM)))
 
     layer._forward_core_fused_norm_packed = core
@@ -247,10 +258,45 @@ def test_the_forward_hands_both_projections_to_the_core_and_the_result_to_out_pr
     monkeypatch.setattr(decode, "normalise", lambda _, core, __: core.add_(1))
     try:
         forward = torch.compile(decode.forward_packed, fullgraph=True) if compiled else decode.forward_packed
-        got = forward(layer, qkvz, ba)
+        got = forward(layer, *([one.flip(-1) for one in (qkvz, ba)] if interleaved else (qkvz, ba)))
     finally:
         torch._dynamo.reset()
     assert torch.allclose(got, 2 * (qkvz[:, QKV:] + ba.sum() + 1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_what_lies_by_key_head_is_put_in_the_order_of_the_others(key_heads: int, compiled: bool) -> None:
+    """Qwen3-Next's projections, by vLLM's own method. Rows have another stride where the layer is fused."""
+    from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as host
+
+    from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+    from vllm_gdn_plugin.run.decode import flattened
+
+    group, tp, dim = 3, 2, 4
+    layer = SimpleNamespace(
+        num_k_heads=tp * key_heads, num_v_heads=tp * key_heads * group, tp_size=tp, head_k_dim=dim, head_v_dim=dim
+    )
+    stock = getattr(host, GDN_CLASSES[host.__name__])
+    layer.fix_query_key_value_ordering = partial(stock.fix_query_key_value_ordering, layer)
+    wide, narrow = key_heads * (2 + 2 * group) * dim, key_heads * 2 * group
+    both = torch.randn(ROWS, wide + narrow + 16)
+    qkvz, ba, _ = both.split([wide, narrow, 16], dim=-1)
+    by_head = [
+        one.split([dim, dim, group * dim, group * dim], dim=-1) for one in qkvz.split((2 + 2 * group) * dim, dim=-1)
+    ]
+    ba_by_head = [one.split(group, dim=-1) for one in ba.split(2 * group, dim=-1)]
+    want = torch.cat([head[part] for part in range(4) for head in by_head], dim=-1)
+    want_ba = torch.cat([head[part] for part in range(2) for head in ba_by_head], dim=-1)
+    try:
+        reorder = torch.compile(flattened, fullgraph=True) if compiled else flattened
+        got, got_ba = reorder(layer, qkvz, ba)
+    finally:
+        torch._dynamo.reset()
+    assert torch.equal(got, want)
+    assert torch.equal(got_ba, want_ba)
+    assert got.is_contiguous()
+    assert got_ba.is_contiguous()
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Stock:
         out.copy_(y * torch.nn.functional.silu(output_gate.float()))
 
 
-def make_layer(state_dtype: torch.dtype, rows: int | None) -> Any:
+def make_layer(state_dtype: torch.dtype, rows: int | None, interleaved: bool = False) -> Any:
     """What the proof asks of a layer; with `rows` it is fused."""
     fused = None if rows is None else SimpleNamespace(weight=torch.empty(rows, 1))
     return SimpleNamespace(
@@ -57,6 +57,7 @@ def make_layer(state_dtype: torch.dtype, rows: int | None) -> Any:
         conv1d=SimpleNamespace(weight=torch.empty(QKV, 1, 4, dtype=torch.bfloat16, device=DEVICE)),
         norm=SimpleNamespace(weight=torch.empty(DIM, device=DEVICE), eps=1e-6, activation="silu"),
         head_v_dim=DIM,
+        gqa_interleaved_layout=interleaved,
         gdn=SimpleNamespace(fused=fused),
         get_state_dtype=lambda: (torch.bfloat16, state_dtype),
     )
@@ -66,6 +67,15 @@ def test_trusted_where_the_host_agrees_also_on_a_fused_layer_s_strides() -> None
     from vllm_gdn_plugin.run.proof import why_wrong
 
     assert why_wrong(Stock, make_layer(torch.bfloat16, QKV + HEADS * DIM + 2 * HEADS + 8)) is None
+
+
+def test_what_an_interleaved_layer_s_projections_give_is_copied_in_order_fused_or_not() -> None:
+    from vllm_gdn_plugin.run.proof import ScratchLayer
+
+    layer = make_layer(torch.float32, QKV + HEADS * DIM + 2 * HEADS + 8, interleaved=True)
+    scratch = ScratchLayer(layer, 3, 2)
+    assert scratch.qkvz.is_contiguous()
+    assert scratch.ba.is_contiguous()
 
 
 @pytest.fixture(autouse=True)

@@ -428,7 +428,8 @@ def test_what_the_decode_depends_on_is_told_without_vllm(model: Any, changes: An
 
 def test_a_model_without_the_kernel_is_told_the_reason(model: Any) -> None:
     report = elsewhere(model(TEXT | {"model_type": "qwen3_next"}))
-    assert report.decode_kernel == "off: the projection's output is interleaved, as Qwen3-Next has it"
+    assert report.decode_kernel is not None
+    assert report.decode_kernel.startswith("off: in Qwen3-Next it has not been run on a GPU yet")
     assert report.model[0].endswith(f"; decode kernel {report.decode_kernel}")
     assert (report.status, report.strategy, report.exit_code) == ("active", "fused", 0)
     assert elsewhere(model(), speculative_config="{}").decode_kernel == (

@@ -24,7 +24,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "piecewise": ({"piecewise_decode": True}, "PIECEWISE"),
     "a graph that is split elsewhere": ({"core_within_graph": True}, "splitting_ops"),
     "the operator's choice": ({"turned_off": "VLLM_GDN_DECODE_KERNEL=triton"}, "VLLM_GDN_DECODE_KERNEL=triton"),
-    "Qwen3-Next": ({"layout": "interleaved"}, "Qwen3-Next"),
     "other heads": ({"head_dims": (128, 64)}, "128 keys and 64 values"),
     "a wide conv": ({"conv": (5, False, "silu")}, "conv1d"),
     "a conv with bias": ({"conv": (4, True, "silu")}, "conv1d"),
@@ -72,10 +71,20 @@ def test_goes_with_every_strategy_but_not_with_serial_unless_asked(request_: str
     assert (why_no_kernel(QWEN3_5, request_, strategy) is None) == runs
 
 
+@pytest.mark.parametrize(("request_", "runs"), [("auto", False), ("1", True)])
+def test_runs_in_qwen3_next_where_it_is_asked_for(request_: str, runs: bool) -> None:
+    why_not = why_no_kernel(replace(QWEN3_5, layout="interleaved"), request_, "auto")
+    assert why_not is None if runs else "Qwen3-Next" in (why_not or "")
+
+
 LAYER = '''
 class QwenGatedDeltaNetAttention:
     def split_ba(self, ba):
         return ba.chunk(2, dim=-1)
+
+    def fix_query_key_value_ordering(self, mixed_qkvz, mixed_ba):
+        query, key, value, z, b, a = parts(mixed_qkvz, mixed_ba)
+        return query, key, value, z, b, a
 
     def forward_cuda(self, hidden_states):
         """Any text."""
@@ -160,6 +169,7 @@ STRIDED = {
 BREACHES = {
     "an older vLLM": ("def _forward_core_fused_norm_packed", "def _other", "no packed branch"),
     "another argument": ("def split_ba(self, ba)", "def split_ba(self, ba, rank)", "split_ba is not a method of"),
+    "another order": ("return query, key, value, z, b, a", "return query, key, value, z, a, b", "does not give q, k"),
     "another flag": ("self.enable_fused_gdn_spec_decode", "self.fused", "forward_cuda does not begin"),
     "another op": ("torch.ops.vllm.qwen_gdn", "torch.ops.vllm.other_gdn", "forward_cuda does not begin"),
     "no zeros": ("torch.zeros(", "torch.empty(", "forward_cuda does not begin"),

@@ -81,6 +81,8 @@ def _model(name: str, model: Configured, tensor_parallel_size: int, tokens: Sequ
     why_not = why_no_kernel(decode_facts, "1", AUTO)
     if why_not:
         raise BadInput(f"--model {name}: there is no decode kernel for its layers, and nothing to compare: {why_not}")
+    if model.interleaved:
+        raise BadInput(f"--model {name}: what its projections give is reordered first, which this bench leaves out")
     strategy = plan(layer_facts, AUTO).strategy
     outputs = layer_facts.qkvz.output_size, layer_facts.ba.output_size
     rows = rows_of(first.in_proj_qkvz.weight.data, sum(outputs), tokens) if strategy == FUSED else 0

@@ -81,11 +81,6 @@ DECODE_RULES: tuple[Rule[DecodeFacts], ...] = (
         lambda f: f"{f.turned_off} asks for vLLM's own",
     ),
     Rule(
-        "the flat layout (Qwen3.5 and later, not Qwen3-Next)",
-        lambda f: f.layout == "flat",
-        lambda f: f"the projection's output is {f.layout}, as Qwen3-Next has it",
-    ),
-    Rule(
         f"heads of {HEAD_DIM} keys and {HEAD_DIM} values, conv1d of width {CONV_WIDTH} without bias",
         lambda f: f.head_dims == (HEAD_DIM, HEAD_DIM) and f.conv == (CONV_WIDTH, False, "silu"),
         lambda f: f"heads are of {f.head_dims[0]} keys and {f.head_dims[1]} values, conv1d is {f.conv}",
@@ -119,4 +114,6 @@ def why_no_kernel(facts: DecodeFacts, request: str, strategy: str) -> str | None
         return "VLLM_GDN_PLUGIN_DECODE_KERNEL=0"
     if request == "auto" and strategy == "serial":
         return "VLLM_GDN_PLUGIN_STRATEGY=serial turns it off, too"
+    if request == "auto" and facts.layout == "interleaved":
+        return "in Qwen3-Next it has not been run on a GPU yet; VLLM_GDN_PLUGIN_DECODE_KERNEL=1 runs it there, too"
     return next((rule.otherwise(facts) for rule in DECODE_RULES if not rule.holds(facts)), None)

@@ -18,6 +18,7 @@ FLAGS = ("fused_gdn_decode", "fused_gdn_spec_decode")
 PACKED_OP = "qwen_gdn_attention_core_fused_norm_packed"
 PACKED_CORE = "_forward_core_fused_norm_packed"
 DECODE = "_forward_core_decode_non_spec"
+REORDER = "fix_query_key_value_ordering"
 
 FORWARD = f"""
 num_tokens = hidden_states.size(0)
@@ -47,6 +48,7 @@ SIGNATURES = {
     DECODE: ["self", "mixed_qkv", "b", "a", "core_attn_out", "attn_metadata"],
     "_rms_norm_gated_cuda": ["self", "x", "output_gate", "out"],
     "split_ba": ["self", "ba"],
+    REORDER: ["self", "mixed_qkvz", "mixed_ba"],
 }
 
 KERNELS = ("causal_conv1d_update", "fused_recurrent_gated_delta_rule_packed_decode")
@@ -102,6 +104,8 @@ def _breaches(layer: ast.ClassDef, module: ast.Module, metadata: ast.Module) -> 
         if name not in methods or [a.arg for a in methods[name].args.args] != expected:
             yield f"{name} is not a method of {', '.join(expected)}"
             return
+    if ast.unparse(methods[REORDER].body[-1]) != "return (query, key, value, z, b, a)":
+        yield f"{REORDER} does not give q, k, v, z, b and a"
     if not _writes_every_row(methods["_forward_core"]):
         yield "_forward_core does not write every row of a batch with prefills"
     if not _takes_packed_branch(methods["forward_cuda"]):

@@ -65,6 +65,8 @@ def forward_packed(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> to
         mixed_qkvz: (num_tokens, qkv + HV * 128), rows of any stride.
         ba: (num_tokens, outputs of ``in_proj_ba``), rows of any stride.
     """
+    if layer.gqa_interleaved_layout:
+        mixed_qkvz, ba = flattened(layer, mixed_qkvz, ba)
     core_attn_out = torch.empty(
         (mixed_qkvz.shape[0], layer.num_v_heads // layer.tp_size, layer.head_v_dim),
         dtype=mixed_qkvz.dtype,
@@ -73,6 +75,15 @@ def forward_packed(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> to
     name = _encode_layer_name(layer.prefix)
     torch.ops.vllm.qwen_gdn_attention_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out, layer_name=name)
     return output_projection(layer, mixed_qkvz, core_attn_out, name)
+
+
+def flattened(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[q | k | v | z] and [b | a] of a layer whose projections have these for each key head in turn (Qwen3-Next).
+
+    The compiler makes a kernel of it, as it does of vLLM's own reordering, in whose place it is.
+    """
+    *wide, b, a = layer.fix_query_key_value_ordering(mixed_qkvz, ba)
+    return torch.cat([part.flatten(1) for part in wide], dim=-1), torch.cat([b, a], dim=-1)
 
 
 def output_projection(layer: Any, mixed_qkvz: torch.Tensor, core_attn_out: torch.Tensor, name: Any) -> torch.Tensor:

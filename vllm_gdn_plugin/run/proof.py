@@ -44,7 +44,8 @@ class ScratchLayer:
         ssm = new(slots, heads, self.dim, self.dim, dtype=ssm_dtype)
         self.kv_cache = new(slots, 3, qkv, dtype=conv_dtype), ssm
         self.gdn = SimpleNamespace(decode=Decode(counters=counters_for(tokens, self.key_heads, device)))
-        sizes, fused = [qkv + heads * self.dim, 2 * heads], layer.gdn.fused
+        sizes = [qkv + heads * self.dim, 2 * heads]
+        fused = None if layer.gqa_interleaved_layout else layer.gdn.fused  # else the projections' output is reordered
         outputs = sum(sizes) if fused is None else fused.weight.shape[0]
         both = new(tokens, outputs, dtype=conv_dtype).split([*sizes, outputs - sum(sizes)], dim=-1)
         self.qkvz, self.ba = both[:2] if fused is not None else (part.contiguous() for part in both[:2])
