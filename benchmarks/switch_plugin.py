@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from vllm_gdn_plugin.bench.engine.variants import STRATEGY
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.host import imports, layers
-from vllm_gdn_plugin.host.process import PLUGINS
+from vllm_gdn_plugin.host.plugins import PLUGINS
 from vllm_gdn_plugin.install import compile_factors, register
 from vllm_gdn_plugin.settings import PREFIX, read_settings
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from vllm_gdn_plugin.host.process import PLUGINS, plugin_names, plugins_without_ours
+from vllm_gdn_plugin.host.plugins import PLUGINS, plugin_names, plugins_without_ours
 
 
 class WithoutCleanup:

@@ -33,7 +33,7 @@ def test_the_engine_answers_and_one_line_says_why(
     env, _ = witness(step)
     strategy = "fused" if step.startswith("fused") else "dual_stream"
     got = run_generate("qwen3_5", env=env | {"VLLM_GDN_PLUGIN_STRATEGY": strategy})
-    # With the former it has been arranged by then that the CPU does not pack the weights.
+    # By "fused take_back" it has been arranged that the CPU does not pack the weights, and it rounds differently.
     assert_same_but_for_rounding(got, stock, TOLERANCE if step == "fused take_back" else 0)
     if step == "layer_facts":
         assert got["classes"] == stock["classes"], "where nothing of ours runs, the layers are of stock's class"

@@ -23,7 +23,7 @@ from switch_plugin import switch_plugin
 
 from vllm_gdn_plugin.bench.engine.variants import STRATEGY
 from vllm_gdn_plugin.decide import plan
-from vllm_gdn_plugin.host.process import NAME, PLUGINS
+from vllm_gdn_plugin.host.plugins import NAME, PLUGINS
 from vllm_gdn_plugin.settings import variable
 
 STEPS = 256

@@ -19,7 +19,7 @@ from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 from vllm_gdn_plugin.bench.report import load, write_report
 from vllm_gdn_plugin.bench.results import Machine
 from vllm_gdn_plugin.cli.main import main
-from vllm_gdn_plugin.host.process import plugins_without_ours
+from vllm_gdn_plugin.host.plugins import plugins_without_ours
 
 MACHINE = Machine("cpu", "a processor", "3.11.0", "0.1.0", "2.13.0", vllm="0.32.0")
 

@@ -499,7 +499,7 @@ def test_an_engine_after_stock_has_the_process_s_own_list_of_plugins(
     import switch_plugin
 
     from vllm_gdn_plugin.bench.engine.variants import STRATEGY
-    from vllm_gdn_plugin.host.process import PLUGINS
+    from vllm_gdn_plugin.host.plugins import PLUGINS
 
     registered: list[str | None] = []
     monkeypatch.setattr(switch_plugin.imports, "stop_watching", lambda: None)

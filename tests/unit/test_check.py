@@ -17,12 +17,12 @@ import pytest
 
 import vllm_gdn_plugin
 from vllm_gdn_plugin.cli import check
-from vllm_gdn_plugin.cli.check import GROUP, Report
+from vllm_gdn_plugin.cli.check import Report
 from vllm_gdn_plugin.cli.main import main
 from vllm_gdn_plugin.decide.checkpoint import NOT_LOOKED_AT, EngineFlags
 from vllm_gdn_plugin.decide.contract import GDN_CLASSES, Contract
 from vllm_gdn_plugin.decide.decision import refusal
-from vllm_gdn_plugin.host.process import NAME
+from vllm_gdn_plugin.host.plugins import GROUP, NAME
 from vllm_gdn_plugin.settings import describe
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 

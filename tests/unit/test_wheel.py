@@ -17,8 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from vllm_gdn_plugin.cli.check import GROUP
-from vllm_gdn_plugin.host.process import NAME
+from vllm_gdn_plugin.host.plugins import GROUP, NAME
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "vllm_gdn_plugin"

@@ -30,7 +30,7 @@ from vllm_gdn_plugin.decide.decode import DecodeFacts, why_no_kernel
 from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
 from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, SERIAL, platform_plan
 from vllm_gdn_plugin.host import facts, imports
-from vllm_gdn_plugin.host.process import NAME, PLUGINS, plugin_names
+from vllm_gdn_plugin.host.plugins import GROUP, NAME, PLUGINS, plugin_names
 from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
 from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
@@ -38,7 +38,6 @@ from vllm_gdn_plugin.versions import SUPPORTED_RANGE, judge_version
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-GROUP = "vllm.general_plugins"
 
 EXIT_ACTIVE, EXIT_ASIDE, EXIT_UNKNOWN = 0, 1, 2
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from vllm_gdn_plugin.decide.decode_contract import PACKED_OP
 from vllm_gdn_plugin.decide.plan import Rule
 
 HEAD_DIM = 128
@@ -73,7 +74,7 @@ DECODE_RULES: tuple[Rule[DecodeFacts], ...] = (
     Rule(
         "the compiled graph is split at the attention, as vLLM does it by itself",
         lambda f: not f.core_within_graph,
-        lambda f: "splitting_ops do not have vLLM's op for the whole layer",
+        lambda f: f"splitting_ops leave out vllm::{PACKED_OP}; add it, or leave them to vLLM",
     ),
     Rule(
         "vLLM's own decode is not chosen by `VLLM_GDN_DECODE_KERNEL` or `VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE`",
@@ -114,6 +115,7 @@ def why_no_kernel(facts: DecodeFacts, request: str, strategy: str) -> str | None
         return "VLLM_GDN_PLUGIN_DECODE_KERNEL=0"
     if request == "auto" and strategy == "serial":
         return "VLLM_GDN_PLUGIN_STRATEGY=serial turns it off, too"
-    if request == "auto" and facts.layout == "interleaved":
+    why_not = next((rule.otherwise(facts) for rule in DECODE_RULES if not rule.holds(facts)), None)
+    if why_not is None and request == "auto" and facts.layout == "interleaved":
         return "in Qwen3-Next it has not been run on a GPU yet; VLLM_GDN_PLUGIN_DECODE_KERNEL=1 runs it there, too"
-    return next((rule.otherwise(facts) for rule in DECODE_RULES if not rule.holds(facts)), None)
+    return why_not

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm_gdn_plugin.decide.checkpoint import digest
 from vllm_gdn_plugin.decide.decode import DecodeFacts
+from vllm_gdn_plugin.decide.decode_contract import PACKED_OP
 from vllm_gdn_plugin.decide.plan import LayerFacts, ProjectionFacts
 
 
@@ -56,10 +57,6 @@ def _on_one_device(layer: Any) -> bool:
     return len(devices) == 1 and not devices & {"meta", "None"}
 
 
-CORE = "vllm::qwen_gdn_attention_core_fused_norm_packed"
-"""The op in which the decode kernel runs."""
-
-
 def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
     """The facts on which the decode kernel depends, about a layer of vLLM 0.28 or later."""
     from vllm import envs
@@ -90,7 +87,7 @@ def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
         ubatching=facts.ubatching,
         breakable_graphs=bool(envs.VLLM_USE_BREAKABLE_CUDAGRAPH),
         piecewise_decode=facts.cuda_graphs and mode is not None and mode.decode_mode().name == "PIECEWISE",
-        core_within_graph=facts.cuda_graphs and bool(split_at) and CORE not in split_at,
+        core_within_graph=facts.cuda_graphs and bool(split_at) and f"vllm::{PACKED_OP}" not in split_at,
         turned_off=turned_off,
     )
 

@@ -16,7 +16,7 @@ from vllm_gdn_plugin.decide.contract import GDN_CLASSES
 from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import LayerFacts
 from vllm_gdn_plugin.host import facts, layers
-from vllm_gdn_plugin.host.process import PLUGINS, plugins_without_ours
+from vllm_gdn_plugin.host.plugins import PLUGINS, plugins_without_ours
 
 INTERLEAVED = "Qwen3NextForCausalLM"
 """The model class whose projections are one part each; in the others q, k, v, z, b and a are parts of their own."""

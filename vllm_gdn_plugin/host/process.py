@@ -1,18 +1,11 @@
-"""This process among vLLM's: who speaks, in which voice, and what vLLM is told of the plugin's variables."""
+"""This process among vLLM's: who speaks, in which voice, with which peers, and what vLLM is told of our variables."""
 
 import logging
-from collections.abc import Callable, Mapping
-from importlib.metadata import entry_points
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 LOGGER = "vllm.vllm_gdn_plugin"
-
-NAME = "vllm_gdn_plugin"
-"""Of the entry point."""
-
-PLUGINS = "VLLM_PLUGINS"
-"""Names the plugins that vLLM loads; not set: all."""
 
 
 def logger() -> logging.Logger:
@@ -64,18 +57,6 @@ def declare_variables(variables: dict[str, Callable[[], Any]]) -> None:
     from vllm import envs
 
     envs.environment_variables.update(variables)
-
-
-def plugin_names() -> set[str]:
-    """The names of all of vLLM's plugins that are installed, of whatever kind."""
-    points = entry_points()
-    return {point.name for group in points.groups if group.startswith("vllm.") for point in points.select(group=group)}
-
-
-def plugins_without_ours(environment: Mapping[str, str]) -> str:
-    """``VLLM_PLUGINS`` for an engine like this one that does not load the plugin, and loads all else it would load."""
-    names = environment[PLUGINS].split(",") if PLUGINS in environment else sorted(plugin_names())
-    return ",".join(name for name in names if name not in ("", NAME))
 
 
 def tuning_directory() -> Path:

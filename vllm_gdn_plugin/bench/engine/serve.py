@@ -24,7 +24,7 @@ from vllm_gdn_plugin.bench.engine.server import (
 )
 from vllm_gdn_plugin.bench.engine.variants import OFF, require_at_work
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
-from vllm_gdn_plugin.host.process import PLUGINS
+from vllm_gdn_plugin.host.plugins import PLUGINS
 
 START = "start"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from vllm_gdn_plugin.bench.errors import BadInput, WrongResult
 from vllm_gdn_plugin.decide.plan import AUTO, REQUESTS, SERIAL
-from vllm_gdn_plugin.host.process import NAME, PLUGINS, plugins_without_ours
+from vllm_gdn_plugin.host.plugins import NAME, PLUGINS, plugins_without_ours
 from vllm_gdn_plugin.settings import describe, variable
 
 OFF = "off"
