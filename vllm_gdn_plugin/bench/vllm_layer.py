@@ -82,9 +82,7 @@ def _model(name: str, model: Configured, tensor_parallel_size: int, tokens: Sequ
     if why_not:
         raise BadInput(f"--model {name}: there is no decode kernel for its layers, and nothing to compare: {why_not}")
     if model.interleaved:
-        raise BadInput(
-            f"--model {name}: bench layer does not measure layers of Qwen3-Next"
-        )
+        raise BadInput(f"--model {name}: bench layer does not measure layers of Qwen3-Next")
     strategy = plan(layer_facts, AUTO).strategy
     outputs = layer_facts.qkvz.output_size, layer_facts.ba.output_size
     timed = tokens if tensor_parallel_size == 1 else ()  # as in an engine, where ranks have to choose alike
