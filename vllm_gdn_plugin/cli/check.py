@@ -115,6 +115,8 @@ STRICT_ADVICE = "unset VLLM_GDN_PLUGIN_STRICT: with it the engine will stop here
 OFF = "off: "
 MAY_RUN = "may run in Qwen3.5 and later: it proves itself when the engine starts"
 MAY_RUN_FROM = "may run in Qwen3.5 and later with vLLM 0.28 and later: it proves itself when the engine starts"
+WITH_MODEL = {text: text.replace(" in Qwen3.5 and later", "") for text in (MAY_RUN, MAY_RUN_FROM)}
+"""The same of a model that is known."""
 
 
 def check_here() -> Report:
@@ -236,18 +238,19 @@ def _model_facts(report: Report, model: str, revision: str | None, flags: Engine
 
 def _decode_kernel_of(found: ModelFacts, report: Report, settings: Settings, flags: EngineFlags) -> str | None:
     """The same for a model, with what earlier starts on this GPU have chosen."""
-    if found.decode is None or report.decode_kernel not in (MAY_RUN, MAY_RUN_FROM):
+    may_run = WITH_MODEL.get(report.decode_kernel or "")
+    if found.decode is None or may_run is None:
         return report.decode_kernel
     why_not = why_no_kernel(found.decode, settings.decode_kernel, settings.strategy)
     if why_not:
         return f"{OFF}{why_not}"
     if settings.decode_kernel == "1" or not settings.tune or report.platform is None:
-        return report.decode_kernel
+        return may_run
     from vllm_gdn_plugin.run.timing import kept_decode_ways_of
 
     qkv, heads = (size // flags.tensor_parallel_size for size in (sum(found.shape.qkvz[:3]), found.shape.value_heads))
     chosen = kept_decode_ways_of(found.decode, heads, qkv, report.device or "")
-    return f"may run: {chosen} (timed at an earlier start)" if chosen else f"{MAY_RUN}, and is timed on this GPU"
+    return f"may run: {chosen} (timed at an earlier start)" if chosen else f"{may_run}, and is timed on this GPU"
 
 
 def _timed(group: LayerGroup, report: Report, settings: Settings) -> str:
