@@ -58,8 +58,7 @@ class Settings:
     decode_kernel: str = _setting(
         "auto",
         _auto_or_switch,
-        "One kernel for a layer's decode. auto: where it is right and timed faster, not yet in Qwen3-Next."
-        " 1: wherever it is right. 0: never.",
+        "One kernel for a layer's decode. auto: where it is right and timed faster. 1: wherever it is right. 0: never.",
     )
     tune: bool = _setting(
         True,

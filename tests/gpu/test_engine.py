@@ -70,7 +70,7 @@ MODES = {
     "mtp": Mode(engine=MTP, spoken=True, no_kernel="with speculative decoding vLLM has a kernel of its own"),
     "mtp-dynamic": Mode((), MTP | {"speculative_config": MTP["speculative_config"] | LESS_WITH_MORE}),
     "mtp-runner-v1": Mode((), MTP, env={RUNNER: "0"}),
-    "interleaved": Mode(("decode",), kind="qwen3_next"),
+    "interleaved": Mode(("decode", "auto"), kind="qwen3_next"),
     "mixed": Mode(("auto",), kind="qwen3_next"),
     "sleep": Mode(),
     "tp2": Mode(("decode", "auto", "differ"), {"tensor_parallel_size": 2}, spoken=True),

@@ -71,14 +71,6 @@ def test_goes_with_every_strategy_but_not_with_serial_unless_asked(request_: str
     assert (why_no_kernel(QWEN3_5, request_, strategy) is None) == runs
 
 
-@pytest.mark.parametrize(("request_", "runs"), [("auto", False), ("1", True)])
-def test_runs_in_qwen3_next_where_it_is_asked_for(request_: str, runs: bool) -> None:
-    qwen3_next = replace(QWEN3_5, layout="interleaved")
-    why_not = why_no_kernel(qwen3_next, request_, "auto")
-    assert why_not is None if runs else "Qwen3-Next" in (why_not or "")
-    assert "LoRA" in (why_no_kernel(replace(qwen3_next, lora=True), request_, "auto") or ""), "what would not help"
-
-
 LAYER = '''
 class QwenGatedDeltaNetAttention:
     def split_ba(self, ba):

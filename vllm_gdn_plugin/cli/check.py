@@ -113,10 +113,8 @@ ADVICE: dict[Status, str] = {
 STRICT_ADVICE = "unset VLLM_GDN_PLUGIN_STRICT: with it the engine will stop here"
 
 OFF = "off: "
-MAY_RUN = "may run in Qwen3.5 and later: it proves itself when the engine starts"
-MAY_RUN_FROM = "may run in Qwen3.5 and later with vLLM 0.28 and later: it proves itself when the engine starts"
-WITH_MODEL = {text: text.replace(" in Qwen3.5 and later", "") for text in (MAY_RUN, MAY_RUN_FROM)}
-"""The same of a model that is known."""
+MAY_RUN = "may run: it proves itself when the engine starts"
+MAY_RUN_FROM = "may run with vLLM 0.28 and later: it proves itself when the engine starts"
 
 
 def check_here() -> Report:
@@ -238,9 +236,9 @@ def _model_facts(report: Report, model: str, revision: str | None, flags: Engine
 
 def _decode_kernel_of(found: ModelFacts, report: Report, settings: Settings, flags: EngineFlags) -> str | None:
     """The same for a model, with what earlier starts on this GPU have chosen."""
-    may_run = WITH_MODEL.get(report.decode_kernel or "")
-    if found.decode is None or may_run is None:
-        return report.decode_kernel
+    may_run = report.decode_kernel
+    if found.decode is None or may_run not in (MAY_RUN, MAY_RUN_FROM):
+        return may_run
     why_not = why_no_kernel(found.decode, settings.decode_kernel, settings.strategy)
     if why_not:
         return f"{OFF}{why_not}"

@@ -17,8 +17,6 @@ class DecodeFacts:
     """All that the decode kernel of one layer depends on, besides vLLM's source."""
 
     platform: str
-    layout: str = "flat"
-    """``flat`` (Qwen3.5) or ``interleaved`` (Qwen3-Next): how q, k, v and z lie in the projection's output."""
     head_dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)
     """Keys and values of a head."""
     conv: tuple[int, bool, str] = (CONV_WIDTH, False, "silu")
@@ -115,7 +113,4 @@ def why_no_kernel(facts: DecodeFacts, request: str, strategy: str) -> str | None
         return "VLLM_GDN_PLUGIN_DECODE_KERNEL=0"
     if request == "auto" and strategy == "serial":
         return "VLLM_GDN_PLUGIN_STRATEGY=serial turns it off, too"
-    why_not = next((rule.otherwise(facts) for rule in DECODE_RULES if not rule.holds(facts)), None)
-    if why_not is None and request == "auto" and facts.layout == "interleaved":
-        return "in Qwen3-Next it has not been run on a GPU yet; VLLM_GDN_PLUGIN_DECODE_KERNEL=1 runs it there, too"
-    return why_not
+    return next((rule.otherwise(facts) for rule in DECODE_RULES if not rule.holds(facts)), None)

@@ -73,7 +73,6 @@ def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
         turned_off = "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE=0"
     return DecodeFacts(
         platform=facts.platform,
-        layout="interleaved" if layer.gqa_interleaved_layout else "flat",
         head_dims=(layer.head_k_dim, layer.head_v_dim),
         conv=(layer.conv_kernel_size, layer.conv1d.bias is not None, layer.activation),
         gate=layer.norm.activation,
