@@ -72,6 +72,7 @@ def same(run: Run) -> tuple[object, ...]:
 def together(first: Path, *others: Path) -> tuple[Run | EngineRun, dict[str, Any]]:
     """The run of all files, and its JSON. Raises ValueError where they are not of one bench."""
     run, data = load(first), json.loads(first.read_text(encoding="utf-8"))
+    dates = {run.date}
     for path in others:
         other = load(path)
         if not isinstance(run, Run) or not isinstance(other, Run) or same(other) != same(run):
@@ -80,8 +81,10 @@ def together(first: Path, *others: Path) -> tuple[Run | EngineRun, dict[str, Any
             raise ValueError(f"{path} has a shape that another file has")
         run.points += other.points
         run.command += f"; {other.command}"
+        dates.add(other.date)
         data["points"] += json.loads(path.read_text(encoding="utf-8"))["points"]
-    return run, data | {"command": run.command}
+    run.date = " to ".join(sorted({min(dates), max(dates)}))
+    return run, data | {"command": run.command, "date": run.date}
 
 
 def keep(paths: list[Path], name: str) -> None:
