@@ -25,7 +25,7 @@ each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANT
 
 def run(step: Step, variant: Variant = FEW, *, gate: str = "silu", counters: Any = None) -> torch.Tensor:
     """The output; the step's states are changed. Counters of its own are back at zero."""
-    tokens, heads = step.b.shape
+    tokens, heads = step.b.shape[0], step.b.shape[1:].numel()
     out = torch.full((tokens, heads, DIM), torch.nan, dtype=BF16, device=DEVICE)
     key_heads = (step.conv_weight.shape[0] // DIM - heads) // 2
     used = counters_for(tokens, key_heads, DEVICE) if counters is None else counters
@@ -62,6 +62,29 @@ def test_outputs_and_states_of_a_batch(heads: tuple[int, int], variant: Variant,
     step = make_step(*heads, [3, 0, 5, -1, 1], slots=6, state_dtype=state_dtype, padding=16, device=DEVICE)
     old = before(step)
     check(step, old, run(step, variant))
+
+
+@each_variant
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_projections_that_lie_by_key_head_give_the_same_bits(heads: tuple[int, int], variant: Variant) -> None:
+    step = make_step(*heads, [3, 0, 1], slots=4, padding=16, device=DEVICE)
+    other = before(step).but(**by_key_head(step, heads[0]))
+    assert torch.equal(run(other, variant), run(step, variant))
+    for name in ("conv_state", "ssm_state"):
+        ours, theirs = (getattr(one, name).flatten(1).nan_to_num() for one in (other, step))
+        assert torch.equal(ours, theirs)
+
+
+def by_key_head(step: Step, key_heads: int) -> dict[str, torch.Tensor]:
+    """The step's projections as Qwen3-Next has them, in the columns of one tensor."""
+    tokens, value_heads = step.b.shape
+    group = value_heads // key_heads
+    wide = step.mixed_qkvz.split([key_heads * DIM] * 2 + [value_heads * DIM] * 2, dim=-1)
+    parts = [part.unflatten(-1, (key_heads, -1)) for part in (*wide, step.b, step.a)]
+    qkvz, ba = (torch.cat(some, dim=-1).flatten(1) for some in (parts[:4], parts[4:]))
+    whole = torch.cat([qkvz, ba, torch.full_like(qkvz[:, :16], torch.nan)], dim=-1)
+    b, a = whole[:, qkvz.shape[1] : -16].view(tokens, key_heads, 2, group).unbind(2)
+    return {"mixed_qkvz": whole[:, : qkvz.shape[1]], "b": b, "a": a}
 
 
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])
@@ -203,6 +226,14 @@ def test_what_does_not_fit_is_told_in_one_line(name: str, spoil: Any, monkeypatc
     arguments[name] = spoil(arguments[name])
     with pytest.raises(ValueError, match=rf"^decode takes {name}[^\n]*$"):
         decode(**arguments, eps=EPS, variant=FEW)
+
+
+def test_b_and_a_by_key_head_that_do_not_fit_one_another() -> None:
+    step = make_step(2, 4, [1], slots=2, device=DEVICE)
+    lying = by_key_head(step, 2)
+    for wrong in (step.a, lying["a"].contiguous(), lying["a"][:, :, :1]):
+        with pytest.raises(ValueError, match=r"^decode takes a of"):
+            run(step.but(**lying | {"a": wrong}))
 
 
 @pytest.mark.parametrize(("columns", "heads"), [(8, 8), (8, 4), (10, 3)])

@@ -25,6 +25,18 @@ def test_each_head_is_normalised_and_gated_in_place(
     assert error(core, want) < ROUNDING
 
 
+def test_gates_that_lie_by_key_head() -> None:
+    """The last columns of each key head's, three heads of it."""
+    from vllm_gdn_plugin.run.gated_norm import GatedNorm
+
+    core, mixed, weight = tensors(3, 6, torch.float32)
+    gates = mixed[:, 6 * DIM :].unflatten(-1, (2, 3 * DIM))
+    by_head = torch.cat([torch.full_like(gates, torch.nan), gates], dim=-1).flatten(1)
+    want = exact(core, mixed, weight, False)
+    GatedNorm(EPS, False, key_heads=2)(core, by_head, weight)
+    assert error(core, want) < ROUNDING
+
+
 def test_what_was_compiled_is_launched_again_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter compiles nothing: there a stand-in is what was compiled."""
     from vllm_gdn_plugin.run import gated_norm
@@ -40,8 +52,9 @@ def test_what_was_compiled_is_launched_again_and_nothing_else(monkeypatch: pytes
             asked.append(grid)
             return lambda *arguments, **how: kernel[grid](*arguments, **how) or Compiled()
 
-    kernel, norm = gated_norm._norm, gated_norm.GatedNorm(EPS, sigmoid=False)
+    kernel = gated_norm._norm
     monkeypatch.setattr(gated_norm, "_norm", Kernel())
+    norm = gated_norm.GatedNorm(EPS, sigmoid=False)
 
     def call(**how: Any) -> int:
         core, mixed, weight = tensors(**{"tokens": 3, "heads": 5, "weight_dtype": torch.float32} | how)

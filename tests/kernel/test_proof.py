@@ -7,6 +7,8 @@ import pytest
 import torch
 from reference import DEVICE, DIM
 
+from vllm_gdn_plugin.decide.contract import GDN_CLASSES
+
 pytest.importorskip("vllm", reason="the plugin's ops are registered with vLLM's help")
 
 HEADS, KEY_HEADS = 4, 2
@@ -14,7 +16,7 @@ QKV = (2 * KEY_HEADS + HEADS) * DIM
 
 
 class Stock:
-    """vLLM's decode, written out in float32."""
+    """vLLM's decode, written out in float32; and how it orders what lies by key head."""
 
     decay = 1.0
 
@@ -43,6 +45,13 @@ class Stock:
             core_attn_out[token] = (h * q[:, None]).sum(-1)
 
     @staticmethod
+    def fix_query_key_value_ordering(layer: Any, mixed_qkvz: Any, mixed_ba: Any) -> Any:
+        from vllm.model_executor.layers.mamba.gdn import qwen_gdn_linear_attn as host
+
+        stock = getattr(host, GDN_CLASSES[host.__name__])
+        return stock.fix_query_key_value_ordering(layer, mixed_qkvz, mixed_ba)
+
+    @staticmethod
     def _rms_norm_gated_cuda(layer: Any, x: Any, output_gate: Any, out: Any) -> None:
         y = x.float() / (x.float().pow(2).mean(-1, keepdim=True) + layer.norm.eps).sqrt() * layer.norm.weight
         out.copy_(y * torch.nn.functional.silu(output_gate.float()))
@@ -56,7 +65,11 @@ def make_layer(state_dtype: torch.dtype, rows: int | None, interleaved: bool = F
         dt_bias=torch.empty(HEADS, dtype=torch.bfloat16, device=DEVICE),
         conv1d=SimpleNamespace(weight=torch.empty(QKV, 1, 4, dtype=torch.bfloat16, device=DEVICE)),
         norm=SimpleNamespace(weight=torch.empty(DIM, device=DEVICE), eps=1e-6, activation="silu"),
+        head_k_dim=DIM,
         head_v_dim=DIM,
+        num_k_heads=2 * KEY_HEADS,
+        num_v_heads=2 * HEADS,
+        tp_size=2,
         gqa_interleaved_layout=interleaved,
         gdn=SimpleNamespace(fused=fused),
         get_state_dtype=lambda: (torch.bfloat16, state_dtype),
@@ -69,13 +82,23 @@ def test_trusted_where_the_host_agrees_also_on_a_fused_layer_s_strides() -> None
     assert why_wrong(Stock, make_layer(torch.bfloat16, QKV + HEADS * DIM + 2 * HEADS + 8)) is None
 
 
-def test_what_an_interleaved_layer_s_projections_give_is_copied_in_order_fused_or_not() -> None:
-    from vllm_gdn_plugin.run.proof import ScratchLayer
+def test_trusted_with_what_lies_by_key_head_where_the_host_orders_it_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_gdn_plugin.run import reorder
+    from vllm_gdn_plugin.run.proof import why_wrong
 
     layer = make_layer(torch.float32, QKV + HEADS * DIM + 2 * HEADS + 8, interleaved=True)
-    scratch = ScratchLayer(layer, 3, 2)
-    assert scratch.qkvz.is_contiguous()
-    assert scratch.ba.is_contiguous()
+    assert why_wrong(Stock, layer) is None
+
+    class OtherOrder(Stock):
+        @staticmethod
+        def fix_query_key_value_ordering(layer: Any, mixed_qkvz: Any, mixed_ba: Any) -> Any:
+            q, k, *rest = Stock.fix_query_key_value_ordering(layer, mixed_qkvz, mixed_ba)
+            return k, q, *rest
+
+    assert "its output differs" in (why_wrong(OtherOrder, layer) or "")
+    stock_order = reorder.Reorder.__call__
+    monkeypatch.setattr(reorder.Reorder, "__call__", lambda *args: tuple(t.flip(-1) for t in stock_order(*args)))
+    assert "what runs beside it differs" in (why_wrong(Stock, layer) or "")
 
 
 @pytest.fixture(autouse=True)
@@ -117,13 +140,13 @@ def test_the_norm_beside_the_kernel_is_proven_too(monkeypatch: pytest.MonkeyPatc
     from vllm_gdn_plugin.run import gated_norm, proof
 
     class Wrong(gated_norm.GatedNorm):
-        def __init__(self, eps: float, sigmoid: bool) -> None:
-            super().__init__(1.0, sigmoid)
+        def __init__(self, eps: float, sigmoid: bool, key_heads: int) -> None:
+            super().__init__(1.0, sigmoid, key_heads)
 
     monkeypatch.setattr(gated_norm, "GatedNorm", Wrong)
     reason = proof.why_wrong(Stock, make_layer(torch.float32, None))
     assert reason is not None
-    assert reason.startswith("the norm beside it differs")
+    assert reason.startswith("what runs beside it differs")
 
 
 def test_what_the_kernel_is_timed_against_fills_with_zeros_as_the_layer_does() -> None:

@@ -415,7 +415,7 @@ def test_what_this_gpu_was_timed_to_do_best_is_told(
         ({"output_gate_type": "sigmoid"}, {}, {"gate": "sigmoid"}),
         ({"linear_key_head_dim": 64}, {}, {"head_dims": (64, 128)}),
         ({"linear_conv_kernel_dim": 3, "hidden_act": "gelu"}, {}, {"conv": (3, False, "gelu")}),
-        ({"model_type": "qwen3_next"}, {}, {}),
+        ({"model_type": "qwen3_next"}, {}, {"interleaved": True}),
         ({}, {"enable_lora": True, "enable_dbo": True}, {"lora": True, "ubatching": True}),
         ({}, {"speculative_config": '{"method": "mtp"}'}, {"speculation": True}),
     ],

@@ -294,10 +294,10 @@ def unquantised_facts(directory: Path, flags: EngineFlags, platform: str, batch_
         offload=flags.offload,
         ubatching=flags.enable_dbo,
     )
-    return ModelFacts(shape, dict.fromkeys(shape.layers, facts), _decode_facts(config, facts, flags))
+    return ModelFacts(shape, dict.fromkeys(shape.layers, facts), _decode_facts(config, kind, facts, flags))
 
 
-def _decode_facts(config: Mapping[str, Any], facts: LayerFacts, flags: EngineFlags) -> DecodeFacts:
+def _decode_facts(config: Mapping[str, Any], model_type: str, facts: LayerFacts, flags: EngineFlags) -> DecodeFacts:
     """As vLLM's layer takes them from the text configuration, whose class has these defaults."""
     dtype, recurrent_state = facts.activation_dtype, flags.mamba_ssm_cache_dtype
     if recurrent_state == "auto":
@@ -305,6 +305,7 @@ def _decode_facts(config: Mapping[str, Any], facts: LayerFacts, flags: EngineFla
     gate = config.get("output_gate_type", "silu")
     return DecodeFacts(
         platform=facts.platform,
+        interleaved=model_type == "qwen3_next",
         head_dims=(config["linear_key_head_dim"], config["linear_value_head_dim"]),
         conv=(config.get("linear_conv_kernel_dim", 4), False, config.get("hidden_act", "silu")),
         gate="silu" if gate == "swish" else gate,

@@ -17,6 +17,8 @@ class DecodeFacts:
     """All that the decode kernel of one layer depends on, besides vLLM's source."""
 
     platform: str
+    interleaved: bool = False
+    """The projections' output has q, k, v and z, and b and a, of each key head in turn (Qwen3-Next)."""
     head_dims: tuple[int, int] = (HEAD_DIM, HEAD_DIM)
     """Keys and values of a head."""
     conv: tuple[int, bool, str] = (CONV_WIDTH, False, "silu")

@@ -73,6 +73,7 @@ def decode_facts(layer: Any, facts: LayerFacts) -> DecodeFacts:
         turned_off = "VLLM_ENABLE_FLA_PACKED_RECURRENT_DECODE=0"
     return DecodeFacts(
         platform=facts.platform,
+        interleaved=layer.gqa_interleaved_layout,
         head_dims=(layer.head_k_dim, layer.head_v_dim),
         conv=(layer.conv_kernel_size, layer.conv1d.bias is not None, layer.activation),
         gate=layer.norm.activation,

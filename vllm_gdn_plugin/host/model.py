@@ -88,7 +88,7 @@ def _model_facts(directory: Path, flags: EngineFlags, platform: str, decode: boo
                     ubatching=flags.enable_dbo,
                     weights_in_place=True,
                 )
-            decoding = _decode_facts(config, shape, found[index], flags) if decode else None
+            decoding = _decode_facts(config, shape, model.interleaved, found[index], flags) if decode else None
     finally:
         torch.set_default_dtype(default_dtype)
     return ModelFacts(shape, found, decoding, layers.holder_of(GDN_CLASSES.values()))
@@ -178,7 +178,9 @@ def layer_class() -> Any:
     return next(filter(None, (getattr(sys.modules.get(module), name, None) for module, name in GDN_CLASSES.items())))
 
 
-def _decode_facts(config: Any, shape: GdnShape, facts_of_layer: LayerFacts, flags: EngineFlags) -> DecodeFacts:
+def _decode_facts(
+    config: Any, shape: GdnShape, interleaved: bool, facts_of_layer: LayerFacts, flags: EngineFlags
+) -> DecodeFacts:
     """Asked of what the constructor of vLLM's layer, in 0.28 and later, would set and the decode depends on."""
     from vllm import envs
 
@@ -193,6 +195,7 @@ def _decode_facts(config: Any, shape: GdnShape, facts_of_layer: LayerFacts, flag
     layer = SimpleNamespace(
         model_config=config.model_config,
         cache_config=config.cache_config,
+        gqa_interleaved_layout=interleaved,
         head_k_dim=shape.key_dim,
         head_v_dim=shape.value_dim,
         conv_kernel_size=text.linear_conv_kernel_dim,

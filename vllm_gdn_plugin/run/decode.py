@@ -44,6 +44,8 @@ class Decode:
     """By captured number of tokens the faster of kernel and stock, where these were timed."""
     counters: torch.Tensor | None = None
     """int32, zeros between two launches: each launch leaves them so. They serve one launch at a time."""
+    reorder: Any = None
+    """The :class:`vllm_gdn_plugin.run.reorder.Reorder` of this layer, from the first step on, where it needs one."""
     norm: Any = None
     """The :class:`vllm_gdn_plugin.run.gated_norm.GatedNorm` of this layer, from the first step on."""
     normalised: bool = False
@@ -65,8 +67,6 @@ def forward_packed(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> to
         mixed_qkvz: (num_tokens, qkv + HV * 128), rows of any stride.
         ba: (num_tokens, outputs of ``in_proj_ba``), rows of any stride.
     """
-    if layer.gqa_interleaved_layout:
-        mixed_qkvz, ba = flattened(layer, mixed_qkvz, ba)
     core_attn_out = torch.empty(
         (mixed_qkvz.shape[0], layer.num_v_heads // layer.tp_size, layer.head_v_dim),
         dtype=mixed_qkvz.dtype,
@@ -75,15 +75,6 @@ def forward_packed(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> to
     name = _encode_layer_name(layer.prefix)
     torch.ops.vllm.qwen_gdn_attention_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out, layer_name=name)
     return output_projection(layer, mixed_qkvz, core_attn_out, name)
-
-
-def flattened(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[q | k | v | z] and [b | a] of a layer whose projections have these for each key head in turn (Qwen3-Next).
-
-    The compiler makes a kernel of it, as it does of vLLM's own reordering, in whose place it is.
-    """
-    *wide, b, a = layer.fix_query_key_value_ordering(mixed_qkvz, ba)
-    return torch.cat([part.flatten(1) for part in wide], dim=-1), torch.cat([b, a], dim=-1)
 
 
 def output_projection(layer: Any, mixed_qkvz: torch.Tensor, core_attn_out: torch.Tensor, name: Any) -> torch.Tensor:
@@ -108,9 +99,9 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
     metadata = attention_metadata(layer)
     if metadata is None:  # a dry run, in which vLLM warms its kernels up
         core_attn_out.zero_()
+        in_order(layer, mixed_qkvz, ba)
         stock._forward_core_fused_norm_packed(layer, mixed_qkvz, ba, core_attn_out)
         return
-    b, a = layer.split_ba(ba)
     tokens, plain = metadata.num_actual_tokens, metadata.spec_sequence_masks is None
     decodes_only = plain and not metadata.num_prefills and metadata.num_decodes
     if decodes_only and decode.takes(tokens) and not in_piecewise_graph():
@@ -119,8 +110,7 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
             run_kernel(
                 layer,
                 mixed_qkvz[:tokens],
-                b[:tokens],
-                a[:tokens],
+                *as_it_lies(layer, ba[:tokens]),
                 layer.kv_cache[0],
                 layer.kv_cache[1],
                 metadata.non_spec_state_indices_tensor[:tokens],
@@ -133,10 +123,39 @@ def run_core(stock: Any, layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor,
             warn_once("the decode kernel failed and is left out", unexpected(error))
     # vLLM's code writes each of the step's rows where there are prefills and no speculation (the contract checks it).
     zero_rows(core_attn_out, tokens if plain and metadata.num_prefills else 0)
+    layer._forward_core(*in_order(layer, mixed_qkvz, ba), core_attn_out)
+
+
+def in_order(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[q | k | v], b and a as vLLM's core takes them."""
+    if layer.gqa_interleaved_layout:
+        decode = layer.gdn.decode
+        if decode.reorder is None:
+            from vllm_gdn_plugin.run.reorder import Reorder  # needs Triton
+
+            decode.reorder = Reorder(key_heads_of(layer), layer.head_v_dim)
+        mixed_qkvz, ba = decode.reorder(mixed_qkvz, ba)
+        b, a = ba.chunk(2, dim=-1)
+    else:
+        b, a = layer.split_ba(ba)
     if ba.shape[0] * ba.stride(0) >= INT32:
         b, a = b.contiguous(), a.contiguous()
-    _, value_heads, dim = core_attn_out.shape
-    layer._forward_core(mixed_qkvz[:, : mixed_qkvz.shape[1] - value_heads * dim], b, a, core_attn_out)
+    return mixed_qkvz[:, : layer.conv1d.weight.shape[0]], b, a
+
+
+def as_it_lies(layer: Any, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """b and a as the decode kernel takes them."""
+    if layer.gqa_interleaved_layout:
+        b, a = ba.unflatten(-1, (key_heads_of(layer), 2, -1)).unbind(2)
+    else:
+        b, a = layer.split_ba(ba)
+    return b, a
+
+
+def key_heads_of(layer: Any) -> int:
+    """Those of this rank."""
+    value_heads, dim = layer.A_log.shape[0], layer.head_v_dim
+    return int(layer.conv1d.weight.shape[0] // dim - value_heads) // 2
 
 
 def zero_rows(core_attn_out: torch.Tensor, start: int) -> None:
@@ -149,9 +168,7 @@ def new_counters(layer: Any, core_attn_out: torch.Tensor) -> torch.Tensor:
     """Counters of a layer for the largest batch that takes the kernel."""
     from vllm_gdn_plugin.run.decode_kernel import counters_for  # needs Triton, which vLLM has on a GPU
 
-    value_heads, dim = core_attn_out.shape[-2:]
-    key_heads = (layer.conv1d.weight.shape[0] // dim - value_heads) // 2
-    return counters_for(MOST_DECODED, key_heads, core_attn_out.device)
+    return counters_for(MOST_DECODED, key_heads_of(layer), core_attn_out.device)
 
 
 def run_kernel(
@@ -168,7 +185,6 @@ def run_kernel(
     from vllm_gdn_plugin.run.decode_kernel import decode, variant_for  # needs Triton, which vLLM has on a GPU
 
     weight = layer.conv1d.weight
-    key_heads = (weight.shape[0] // out.shape[2] - out.shape[1]) // 2
     decode(
         mixed_qkvz,
         b,
@@ -184,7 +200,7 @@ def run_kernel(
         layer.gdn.decode.counters,
         eps=layer.norm.eps,
         gate=layer.norm.activation,
-        variant=variant_for(len(b), key_heads),
+        variant=variant_for(len(b), key_heads_of(layer)),
     )
 
 
@@ -211,7 +227,8 @@ def normalise(layer: Any, core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor)
     if decode.norm is None:
         from vllm_gdn_plugin.run.gated_norm import GatedNorm  # needs Triton
 
-        decode.norm = GatedNorm(norm.eps, norm.activation == "sigmoid")
+        key_heads = key_heads_of(layer) if layer.gqa_interleaved_layout else 1
+        decode.norm = GatedNorm(norm.eps, norm.activation == "sigmoid", key_heads)
     decode.norm(core_attn_out, mixed_qkvz, norm.weight)
 
 

@@ -134,6 +134,8 @@ def _decode(  # type: ignore[no-untyped-def]
     CONV_SLOT: tl.constexpr,
     CONV_ROW: tl.constexpr,
     SSM_SLOT: tl.constexpr,
+    BY_KEY_HEAD: tl.constexpr,  # mixed_qkvz, b and a have all of one key head side by side
+    BA_STEP: tl.constexpr,  # columns of b, and of a, from one key head to the next
     H: tl.constexpr,
     HV: tl.constexpr,
     HEADS: tl.constexpr,  # value heads of a program
@@ -189,12 +191,20 @@ def _decode(  # type: ignore[no-untyped-def]
     scale = tl.load(norm_weight + tl.arange(0, _DIM)).to(tl.float32)
 
     mixed_qkvz += token * qkvz_stride
-    q_in = tl.load(mixed_qkvz + q_channel)
-    k_in = tl.load(mixed_qkvz + k_channel)
-    v_in = tl.load(mixed_qkvz + v_channel, value_there)
-    a_in = tl.load(a + token * a_stride + tile_head, tile_there).to(tl.float32)
-    b_in = tl.load(b + token * b_stride + tile_head, tile_there).to(tl.float32)
-    z = tl.load(mixed_qkvz + (2 * H + HV) * _DIM + wide, wide_there).to(tl.float32)
+    q_column, k_column, v_column = q_channel, k_channel, v_channel
+    z_column = (2 * H + HV) * _DIM + wide
+    if BY_KEY_HEAD:
+        q_column += key_head * (1 + 2 * GROUP) * _DIM
+        k_column = q_column + _DIM
+        v_column = (key_head * (2 + GROUP) + 2) * _DIM + value
+        z_column = (key_head * (2 + GROUP) + 2 + GROUP) * _DIM + wide
+    q_in = tl.load(mixed_qkvz + q_column)
+    k_in = tl.load(mixed_qkvz + k_column)
+    v_in = tl.load(mixed_qkvz + v_column, value_there)
+    ba_column = key_head * (BA_STEP - GROUP) + tile_head
+    a_in = tl.load(a + token * a_stride + ba_column, tile_there).to(tl.float32)
+    b_in = tl.load(b + token * b_stride + ba_column, tile_there).to(tl.float32)
+    z = tl.load(mixed_qkvz + z_column, wide_there).to(tl.float32)
     if TILES == 1:  # all of the state: it comes after what conv1d waits for (27B, 1 token, H200: 8.0 us, before it 8.6)
         state = tl.load(ssm_state)
 
@@ -267,7 +277,8 @@ def decode(
 
     Args:
         mixed_qkvz: (num_tokens, qkv + HV * 128) bfloat16, [q | k | v | z] as ``in_proj_qkvz`` gives it; any row stride.
-        b, a: (num_tokens, HV) bfloat16, as ``split_ba`` gives them; any row stride.
+        b, a: (num_tokens, HV) bfloat16, as ``split_ba`` gives them; any row stride. Or (num_tokens, H, HV / H), any
+            strides but the last: then mixed_qkvz has [q | k | v | z] of each key head in turn, as in Qwen3-Next.
         conv_state: (slots, 3 or more, qkv) bfloat16, the oldest input first, any strides but the last. Only the first
             three rows are used.
         conv_weight: (qkv, 4) bfloat16 or float32, contiguous.
@@ -285,20 +296,23 @@ def decode(
     Raises ValueError for anything else, or what Triton raises. Source of the arithmetic: the three functions of vLLM
     that the module names.
     """
-    num_tokens, value_heads = b.shape[0], b.shape[-1]
+    num_tokens, value_heads = b.shape[0], b.shape[1:].numel()
     key_heads = (mixed_qkvz.shape[-1] // HEAD_DIM - 2 * value_heads) // 2
+    by_key_head = b.dim() == 3
     qkv = (2 * key_heads + value_heads) * HEAD_DIM
     if key_heads < 1 or value_heads % key_heads:
         raise ValueError(
             f"decode takes mixed_qkvz of (2 * H + 2 * HV) * {HEAD_DIM} columns, where HV, the columns of b, is a "
             f"multiple of H: not {tuple(mixed_qkvz.shape)} with b {tuple(b.shape)}"
         )
-    square = HEAD_DIM * HEAD_DIM
+    square, group = HEAD_DIM * HEAD_DIM, value_heads // key_heads
+    of_heads = (key_heads, group) if by_key_head else (value_heads,)
+    ba_step = b.stride(1) if by_key_head else group
     bf16, f32, i32 = torch.bfloat16, torch.float32, torch.int32
     for name, tensor, shape, dtypes, strides in (
         ("mixed_qkvz", mixed_qkvz, (num_tokens, qkv + value_heads * HEAD_DIM), (bf16,), (1,)),
-        ("b", b, (num_tokens, value_heads), (bf16,), (1,)),
-        ("a", a, (num_tokens, value_heads), (bf16,), (1,)),
+        ("b", b, (num_tokens, *of_heads), (bf16,), (1,)),
+        ("a", a, (num_tokens, *of_heads), (bf16,), (ba_step, 1) if by_key_head else (1,)),
         ("conv_state", conv_state, (conv_state.shape[0], max(CONV_WIDTH - 1, conv_state.shape[1]), qkv), (bf16,), (1,)),
         ("conv_weight", conv_weight, (qkv, CONV_WIDTH), (bf16, f32), (CONV_WIDTH, 1)),
         ("A_log", A_log, (value_heads,), (f32,), (1,)),
@@ -331,7 +345,7 @@ def decode(
     if not num_tokens:
         return
 
-    heads = value_heads // key_heads if variant.key_head else 1
+    heads = group if variant.key_head else 1
     _decode[(num_tokens * (value_heads // heads),)](
         mixed_qkvz,
         b,
@@ -354,6 +368,8 @@ def decode(
         CONV_SLOT=conv_state.stride(0),
         CONV_ROW=conv_state.stride(1),
         SSM_SLOT=ssm_state.stride(0),
+        BY_KEY_HEAD=by_key_head,
+        BA_STEP=ba_step,
         H=key_heads,
         HV=value_heads,
         HEADS=heads,

@@ -4,18 +4,15 @@ vLLM has this norm in its compiled graph, and a function of its own for its pack
 slow CPU's time at each call, which a prefill outside of CUDA graphs has to wait for.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
+from vllm_gdn_plugin.run.launch import Kept
+
 HEADS, WARPS = 4, 2
 """Of a program. So a thread has 8 numbers side by side, which is what it loads at once: 74.8 us for a prefill of 8192
 tokens of 27B on an H200, where 4 warps take 85.2."""
-
-ALIGNED = 16
-"""Bytes. Triton compiles for pointers that are multiples of it, or are not."""
 
 
 @triton.jit(do_not_specialize=["heads"])  # type: ignore[untyped-decorator]
@@ -24,10 +21,12 @@ def _norm(  # type: ignore[no-untyped-def]
     mixed,
     weight,
     heads,
-    row_stride,
     eps,
+    row_stride,
     GATE: tl.constexpr,  # column of the first gate
+    STEP: tl.constexpr,  # columns from the gates of one group to those of the next
     HV: tl.constexpr,
+    GROUP: tl.constexpr,  # heads whose gates lie side by side
     DIM: tl.constexpr,
     HEADS: tl.constexpr,
     SIGMOID: tl.constexpr,
@@ -37,7 +36,8 @@ def _norm(  # type: ignore[no-untyped-def]
     there = (head < heads)[:, None]
     place = core + head[:, None] * DIM + column[None, :]
     x = tl.load(place, mask=there, other=0.0).to(tl.float32)
-    gate = mixed + (head // HV * row_stride + GATE + head % HV * DIM)[:, None] + column[None, :]
+    first = head // HV * row_stride + head % HV // GROUP * STEP + GATE
+    gate = mixed + (first + head % GROUP * DIM)[:, None] + column[None, :]
     z = tl.load(gate, mask=there, other=0.0).to(tl.float32)
     x *= tl.rsqrt(tl.sum(x * x, axis=1) / DIM + eps)[:, None]
     x *= tl.load(weight + column).to(tl.float32)[None, :]
@@ -51,31 +51,30 @@ class GatedNorm:
     Args:
         eps: added to the mean of squares.
         sigmoid: whether act is the sigmoid; else it is SiLU.
+        key_heads: where the gates lie by key head, the last of each one's columns: how many there are. Else 1.
     """
 
-    def __init__(self, eps: float, sigmoid: bool) -> None:
-        self.eps, self.sigmoid = eps, sigmoid
-        self.kept: tuple[object, Any] | None = None
-        """What the last call was compiled for, besides this layer's constants, and the kernel. To launch it anew takes
-        a fraction of the CPU's time in which Triton finds it."""
+    def __init__(self, eps: float, sigmoid: bool, key_heads: int = 1) -> None:
+        self.eps, self.sigmoid, self.key_heads = eps, sigmoid, key_heads
+        self.launch = Kept(_norm, WARPS)
 
     def __call__(self, core: torch.Tensor, mixed: torch.Tensor, weight: torch.Tensor) -> None:
         """Run it.
 
         Args:
             core: (num_tokens, heads, dim), contiguous.
-            mixed: (num_tokens, any + heads * dim), the gate in its last columns; rows of any stride.
+            mixed: (num_tokens, key_heads * (any + heads / key_heads * dim)), the gates last; rows of any stride.
             weight: (dim,), dim a power of two.
         """
         num_tokens, each, dim = core.shape
-        heads, row_stride, gate = num_tokens * each, mixed.stride(0), mixed.shape[1] - each * dim
-        arguments = (core, mixed, weight, heads, row_stride, self.eps, gate, each, dim, HEADS, self.sigmoid)
-        grid = (triton.cdiv(heads, HEADS), 1, 1)
-        is_aligned = (core.data_ptr() | mixed.data_ptr() | weight.data_ptr()) % ALIGNED == 0
-        kind = (is_aligned, each, dim, row_stride, gate, core.dtype, mixed.dtype, weight.dtype, core.device)
-        kept = self.kept
-        if kept is not None and is_aligned and kept[0] == kind:
-            kept[1][grid](*arguments)
-            return
-        compiled = _norm[grid](*arguments, num_warps=WARPS)
-        self.kept = None if compiled is None else (kind, compiled)  # Triton's interpreter gives none
+        heads, row_stride, group, step = (
+            num_tokens * each,
+            mixed.stride(0),
+            each // self.key_heads,
+            mixed.shape[1] // self.key_heads,
+        )
+        shape = row_stride, step - group * dim, step, each, group, dim
+        arguments = (core, mixed, weight, heads, self.eps, *shape, HEADS, self.sigmoid)
+        pointers = core.data_ptr() | mixed.data_ptr() | weight.data_ptr()
+        kind = (shape, core.dtype, mixed.dtype, weight.dtype, core.device)
+        self.launch((triton.cdiv(heads, HEADS), 1, 1), arguments, pointers, kind)

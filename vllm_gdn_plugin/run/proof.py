@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from vllm_gdn_plugin.run.decode import Decode, normalise, run_kernel
+from vllm_gdn_plugin.run.decode import Decode, as_it_lies, in_order, key_heads_of, normalise, run_kernel
 from vllm_gdn_plugin.run.decode_kernel import ENOUGH_PROGRAMS, counters_for
 
 TOKENS, STEPS = 5, 3
@@ -29,7 +29,6 @@ class ScratchLayer:
         conv_dtype, ssm_dtype, *_ = layer.get_state_dtype()
         qkv = layer.conv1d.weight.shape[0]
         self.value_heads, self.dim = layer.A_log.shape[0], layer.head_v_dim
-        self.key_heads = (qkv // self.dim - self.value_heads) // 2
         self.conv1d = SimpleNamespace(weight=like(layer.conv1d.weight) / 4, bias=None)
         self.A_log, self.dt_bias = like(layer.A_log).abs().log(), like(layer.dt_bias)
         self.norm = SimpleNamespace(
@@ -43,36 +42,49 @@ class ScratchLayer:
         heads = self.value_heads
         ssm = new(slots, heads, self.dim, self.dim, dtype=ssm_dtype)
         self.kv_cache = new(slots, 3, qkv, dtype=conv_dtype), ssm
-        self.gdn = SimpleNamespace(decode=Decode(counters=counters_for(tokens, self.key_heads, device)))
+        self.gdn = SimpleNamespace(decode=Decode(counters=counters_for(tokens, key_heads_of(layer), device)))
         sizes = [qkv + heads * self.dim, 2 * heads]
-        fused = None if layer.gqa_interleaved_layout else layer.gdn.fused  # else the projections' output is reordered
+        fused = layer.gdn.fused
         outputs = sum(sizes) if fused is None else fused.weight.shape[0]
         both = new(tokens, outputs, dtype=conv_dtype).split([*sizes, outputs - sum(sizes)], dim=-1)
         self.qkvz, self.ba = both[:2] if fused is not None else (part.contiguous() for part in both[:2])
-        """[q | k | v | z] and [b | a], as the layer's projections give them. vLLM's conv1d writes over q, k and v."""
+        """What the layer's projections give of this rank. vLLM's conv1d writes over q, k and v."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
+
+    def split_ba(self, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        b, a = ba.chunk(2, dim=-1)
+        return b, a
+
+    def ordered_by_vllm(self, stock: Any, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[q | k | v], z, b and a of the first n tokens."""
+        qkvz, ba = self.qkvz[:n], self.ba[:n]
+        if self.gqa_interleaved_layout:
+            *qkv, z, b, a = stock.fix_query_key_value_ordering(self, qkvz, ba)
+            return torch.cat([part.flatten(1) for part in qkv], dim=-1), z, b, a
+        qkv = self.conv1d.weight.shape[0]
+        return qkvz[:, :qkv], qkvz[:, qkv:].unflatten(-1, (self.value_heads, self.dim)), *self.split_ba(ba)
 
     def empty_output(self) -> torch.Tensor:
         return self.qkvz.new_zeros(self.qkvz.shape[0], self.value_heads, self.dim)
 
     def decode_by_kernel(self, state_indices: torch.Tensor, out: torch.Tensor) -> None:
         n = len(state_indices)
-        b, a = self.ba[:n].chunk(2, dim=-1)
-        run_kernel(self, self.qkvz[:n], b, a, *self.kv_cache, state_indices, out[:n])
+        run_kernel(self, self.qkvz[:n], *as_it_lies(self, self.ba[:n]), *self.kv_cache, state_indices, out[:n])
 
     def decode_by_vllm(self, stock: Any, state_indices: torch.Tensor, out: torch.Tensor, norm: bool = True) -> None:
         """What a layer with the kernel runs where it is slower: zeros, vLLM's two kernels, and the plugin's norm.
 
-        Without ``norm`` the two kernels alone.
+        Without ``norm`` vLLM's own code alone.
         """
         n = len(state_indices)
         if norm:
             out[:n].zero_()
-        b, a = self.ba[:n].chunk(2, dim=-1)
+            qkv, b, a = in_order(self, self.qkvz[:n], self.ba[:n])
+        else:
+            qkv, _, b, a = self.ordered_by_vllm(stock, n)
         metadata = SimpleNamespace(num_actual_tokens=n, non_spec_state_indices_tensor=state_indices)
-        qkv = self.qkvz[:n, : self.conv1d.weight.shape[0]]
         stock._forward_core_decode_non_spec(
             self, mixed_qkv=qkv, b=b, a=a, core_attn_out=out[:n], attn_metadata=metadata
         )
@@ -80,7 +92,7 @@ class ScratchLayer:
             normalise(self, out[:n], self.qkvz[:n])
 
     def normalise_by_vllm(self, stock: Any, out: torch.Tensor) -> None:
-        gate = self.qkvz[:, self.conv1d.weight.shape[0] :].view_as(out)
+        _, gate, *_ = self.ordered_by_vllm(stock, len(out))
         stock._rms_norm_gated_cuda(self, out, gate, out)
 
 
@@ -93,10 +105,10 @@ def difference(one: torch.Tensor, another: torch.Tensor) -> float:
 def why_wrong(stock: Any, layer: Any) -> str | None:
     """Why the kernel is not trusted with such layers on this GPU, or None where some steps agree with vLLM's.
 
-    So do both of its variants, and the norm that runs beside it, see :mod:`vllm_gdn_plugin.run.gated_norm`.
+    So do both of its variants, and what runs beside it: :mod:`vllm_gdn_plugin.run.gated_norm` and, in Qwen3-Next,
+    :mod:`vllm_gdn_plugin.run.reorder`.
     """
-    key_heads = ScratchLayer(layer, 1, 1).key_heads
-    many = -(-ENOUGH_PROGRAMS // key_heads)
+    many = -(-ENOUGH_PROGRAMS // key_heads_of(layer))
     return _why_wrong(stock, layer, TOKENS) or _why_wrong(stock, layer, max(TOKENS, many))
 
 
@@ -122,7 +134,7 @@ def _why_wrong(stock: Any, layer: Any, tokens: int) -> str | None:
         "its output": (our, their),
         "its conv state": (ours.kv_cache[0], theirs.kv_cache[0]),
         "its recurrent state": (ours.kv_cache[1], theirs.kv_cache[1]),
-        "the norm beside it": (other, their),
+        "what runs beside it": (other, their),
     }
     for name, (one, another) in compared.items():
         error = difference(one, another)
