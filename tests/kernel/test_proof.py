@@ -101,6 +101,18 @@ def test_trusted_with_what_lies_by_key_head_where_the_host_orders_it_so(monkeypa
     assert "what runs beside it differs" in (why_wrong(Stock, layer) or "")
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["flat", "interleaved"])
+def test_what_is_proven_and_timed_has_the_rows_of_the_layers_projections(interleaved: bool) -> None:
+    from vllm_gdn_plugin.run.proof import ScratchLayer
+
+    rows = QKV + HEADS * DIM + 2 * HEADS + 8
+    fused = ScratchLayer(make_layer(torch.float32, rows, interleaved), 3, 2)
+    assert (fused.qkvz.stride(0), fused.ba.stride(0)) == (rows, rows)
+    apart = ScratchLayer(make_layer(torch.float32, None, interleaved), 3, 2)
+    assert apart.qkvz.is_contiguous()
+    assert apart.ba.is_contiguous()
+
+
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the second variant is proven with a batch that an interpreter gets through."""

@@ -133,14 +133,15 @@ def in_order(layer: Any, mixed_qkvz: torch.Tensor, ba: torch.Tensor) -> tuple[to
         if decode.reorder is None:
             from vllm_gdn_plugin.run.reorder import Reorder  # needs Triton
 
-            decode.reorder = Reorder(key_heads_of(layer), layer.head_v_dim)
-        mixed_qkvz, ba = decode.reorder(mixed_qkvz, ba)
+            decode.reorder = Reorder(key_heads_of(layer), layer.A_log.shape[0], layer.head_v_dim)
+        qkv, ba = decode.reorder(mixed_qkvz, ba)
         b, a = ba.chunk(2, dim=-1)
     else:
         b, a = layer.split_ba(ba)
+        qkv = mixed_qkvz[:, : mixed_qkvz.shape[1] - b.shape[1] * layer.head_v_dim]
     if ba.shape[0] * ba.stride(0) >= INT32:
         b, a = b.contiguous(), a.contiguous()
-    return mixed_qkvz[:, : layer.conv1d.weight.shape[0]], b, a
+    return qkv, b, a
 
 
 def as_it_lies(layer: Any, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -211,7 +212,7 @@ def gdn_gated_norm(core_attn_out: torch.Tensor, mixed_qkvz: torch.Tensor, layer_
         core_attn_out: (num_tokens, HV, 128), contiguous: the core's very tensor. A view of it would be copied, and the
             result copied back, where a compiled graph is functionalized as vLLM does it (auto_functionalized, the first
             version).
-        mixed_qkvz: what ``in_proj_qkvz`` gave, with the gate in its last HV * 128 columns.
+        mixed_qkvz: what ``in_proj_qkvz`` gave, with the gate z as it lies there.
         layer_name: the layer's key in the forward context.
     """
     layer = layer_by_name(layer_name)

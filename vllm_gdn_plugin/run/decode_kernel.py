@@ -277,8 +277,8 @@ def decode(
 
     Args:
         mixed_qkvz: (num_tokens, qkv + HV * 128) bfloat16, [q | k | v | z] as ``in_proj_qkvz`` gives it; any row stride.
-        b, a: (num_tokens, HV) bfloat16, as ``split_ba`` gives them; any row stride. Or (num_tokens, H, HV / H), any
-            strides but the last: then mixed_qkvz has [q | k | v | z] of each key head in turn, as in Qwen3-Next.
+        b, a: (num_tokens, HV) bfloat16, as ``split_ba`` gives them; any row stride. Or (num_tokens, H, HV / H), of
+            like strides between key heads: then mixed_qkvz has [q | k | v | z] of each key head in turn (Qwen3-Next).
         conv_state: (slots, 3 or more, qkv) bfloat16, the oldest input first, any strides but the last. Only the first
             three rows are used.
         conv_weight: (qkv, 4) bfloat16 or float32, contiguous.

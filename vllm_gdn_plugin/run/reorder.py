@@ -44,12 +44,18 @@ class Reorder:
     """[q | k | v] and [b | a] of what lies by key head: [q | k | v | z] and [b | a] of the first, then of the second...
 
     Args:
-        key_heads: of this rank.
+        key_heads, value_heads: of this rank.
         dim: of a head, a power of two.
     """
 
-    def __init__(self, key_heads: int, dim: int) -> None:
-        self.key_heads, self.dim = key_heads, dim
+    def __init__(self, key_heads: int, value_heads: int, dim: int) -> None:
+        group = value_heads // key_heads
+        self.key_heads, self.qkv = key_heads, (2 * key_heads + value_heads) * dim
+        self.end = self.qkv + 2 * value_heads
+        # Triton loads and stores many at a time where the rows' stride is a multiple of 16 elements.
+        self.columns = -(-self.end // 16) * 16
+        padded = triton.next_power_of_2(2 + group), triton.next_power_of_2(2 * group)
+        self.constants = (key_heads, group, dim, *padded)
         self.launch = Kept(_reorder, WARPS)
 
     def __call__(self, mixed: torch.Tensor, ba: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,15 +65,11 @@ class Reorder:
             mixed: (num_tokens, 2 * (key_heads + value_heads) * dim); rows of any stride.
             ba: (num_tokens, 2 * value_heads), of the same dtype; rows of any stride.
         """
-        num_tokens, gates = ba.shape
-        group = gates // 2 // self.key_heads
-        qkv = (2 + group) * self.key_heads * self.dim
-        out = mixed.new_empty(num_tokens, qkv + -(-gates // 8) * 8)  # rows at multiples of 16 bytes
-        strides = mixed.stride(0), ba.stride(0), out.stride(0)
-        padded = triton.next_power_of_2(2 + group), triton.next_power_of_2(2 * group)
-        arguments = (mixed, ba, out, *strides, self.key_heads, group, self.dim, *padded)
+        num_tokens = len(ba)
+        out = mixed.new_empty(num_tokens, self.columns)
         if num_tokens:
+            strides = mixed.stride(0), ba.stride(0), self.columns
             pointers = mixed.data_ptr() | ba.data_ptr() | out.data_ptr()
-            kind = (strides, group, mixed.dtype, mixed.device)
-            self.launch((num_tokens * self.key_heads, 1, 1), arguments, pointers, kind)
-        return out[:, :qkv], out[:, qkv : qkv + gates]
+            arguments = (mixed, ba, out, *strides, *self.constants)
+            self.launch((num_tokens * self.key_heads, 1, 1), arguments, pointers, (strides, mixed.dtype, mixed.device))
+        return out[:, : self.qkv], out[:, self.qkv : self.end]
