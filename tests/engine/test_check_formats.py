@@ -35,6 +35,7 @@ def test_check_tells_what_vllm_constructs(answers: Any, name: str, model: str) -
         pytest.skip(f"this vLLM does not construct it here: {constructed['error'][:300]}")
     assert told == constructed
     assert len(told["facts"]) == len(GDN_LAYERS)
+    assert told["decode"] is None or told["decode"]["interleaved"] == (model == "interleaved")
 
 
 @pytest.mark.parametrize(
