@@ -251,9 +251,10 @@ def told(directory: Path, flags: dict[str, Any]) -> Any:
 def by_config(directory: Path, flags: dict[str, Any]) -> Any:
     """The same as `check` tells it where vLLM isn't installed."""
     from vllm_gdn_plugin.decide.checkpoint import unquantised_facts
+    from vllm_gdn_plugin.host.model_files import load_config
 
     flags = {"mamba_ssm_cache_dtype": "float32"} | flags  # which vLLM's CPU platform sets
-    found = unquantised_facts(directory, engine_flags(flags), "cuda", False)
+    found = unquantised_facts(load_config(directory), "", engine_flags(flags), "cuda", False)
     return found.layers, found.decode if has_packed_branch() else None
 
 

@@ -15,14 +15,12 @@ from typing import Any
 import pytest
 
 from vllm_gdn_plugin.cli.check import MAY_RUN, CannotTell, Report, check_elsewhere, with_model
-from vllm_gdn_plugin.decide import checkpoint
 from vllm_gdn_plugin.decide.checkpoint import (
     EngineFlags,
     ModelFacts,
     Undecidable,
     Unreadable,
     digest,
-    find_directory,
     gdn_shape,
     group,
     unquantised_facts,
@@ -31,6 +29,8 @@ from vllm_gdn_plugin.decide.decode import DecodeFacts
 from vllm_gdn_plugin.decide.plan import LayerFacts, ProjectionFacts
 from vllm_gdn_plugin.decide.scratch import UNQUANTIZED
 from vllm_gdn_plugin.host import model as host_model
+from vllm_gdn_plugin.host import model_files
+from vllm_gdn_plugin.host.model_files import find_directory, load_config, quantised_by
 
 TEXT = {
     "model_type": "qwen3_5_text",
@@ -57,7 +57,8 @@ def model(tmp_path: Path) -> Callable[..., str]:
 
 
 def facts_of(directory: str, **flags: Any) -> ModelFacts:
-    return unquantised_facts(Path(directory), EngineFlags(**flags), "cuda", False)
+    path = Path(directory)
+    return unquantised_facts(load_config(path), quantised_by(path), EngineFlags(**flags), "cuda", False)
 
 
 def elsewhere(model: str, **flags: Any) -> Report:
@@ -121,7 +122,7 @@ def test_what_only_vllm_can_tell_is_not_guessed(model: Any, whole: Any, flags: A
     assert str(raised.value).startswith(f"--model {path}: ")
 
 
-@pytest.mark.parametrize("name", sorted(checkpoint.QUANTIZATION_FILES))
+@pytest.mark.parametrize("name", sorted(model_files.QUANTIZATION_FILES))
 def test_quantisation_may_be_in_a_file_of_its_own(model: Any, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{}")
     with pytest.raises(Undecidable, match=f"which layers {name} leaves"):
@@ -251,7 +252,7 @@ def test_strict_and_a_serial_layer_do_not_go_together(
 
 
 def test_auto_on_the_cpu_is_stock(model: Any) -> None:
-    facts = unquantised_facts(Path(model()), EngineFlags(), "cpu", False)
+    facts = unquantised_facts(load_config(Path(model())), "", EngineFlags(), "cpu", False)
     assert [g.plan.strategy for g in group(4096, facts.layers, "auto")] == ["serial"]
 
 
@@ -333,7 +334,7 @@ def test_without_the_hub_there_is_the_cache(
     tmp_path: Path, hub: str, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = Event()
-    monkeypatch.setattr(checkpoint, "HUB_SECONDS", 0.2)
+    monkeypatch.setattr(model_files, "HUB_SECONDS", 0.2)
     Hub(tmp_path, no_network if hub == "no network" else lambda: ended.wait(60), monkeypatch)
     if cached:
         (tmp_path / "config.json").write_text("{}")

@@ -1,12 +1,12 @@
 """Which sizes are measured: from a model's config.json, from the command line, or from the models we know."""
 
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vllm_gdn_plugin.bench.errors import BadInput
+from vllm_gdn_plugin.decide.checkpoint import Unreadable, gdn_shape
+from vllm_gdn_plugin.host.model_files import find_directory, load_config
 
 
 @dataclass(frozen=True)
@@ -34,52 +34,30 @@ class Shape:
         )
 
 
-def _config(hidden_size: int, value_heads: int) -> dict[str, int]:
-    return {
-        "hidden_size": hidden_size,
-        "linear_num_key_heads": 16,
-        "linear_key_head_dim": 128,
-        "linear_num_value_heads": value_heads,
-        "linear_value_head_dim": 128,
-    }
-
-
 PRESETS = {
-    "Qwen3.5-35B-A3B": _config(2048, 32),
-    "Qwen3.5-122B-A10B": _config(3072, 64),
-    "Qwen3.5-27B": _config(5120, 48),
-    "Qwen3.5-9B": _config(4096, 32),
-    "Qwen3-Next-80B-A3B": _config(2048, 32),
+    "Qwen3.5-35B-A3B": (2048, 12288, 64),
+    "Qwen3.5-122B-A10B": (3072, 20480, 128),
+    "Qwen3.5-27B": (5120, 16384, 96),
+    "Qwen3.5-9B": (4096, 12288, 64),
+    "Qwen3-Next-80B-A3B": (2048, 12288, 64),
 }
-"""The models in the field, by the five numbers of their configurations that size the projections."""
+"""The models in the field: hidden, qkvz, ba."""
 
 
-def shape_of_config(name: str, config: Mapping[str, Any]) -> Shape:
-    """The shape of a model's GDN layers, by the keys of its config.json (of its ``text_config``, where it has one)."""
-    config = config.get("text_config") or config
-    sizes = {}
-    for key in _config(0, 0):
-        value = config.get(key) if isinstance(config, Mapping) else None
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise BadInput(f"{name}: {key} is {value!r} in its configuration: that is no model with GDN layers")
-        sizes[key] = value
-    keys = sizes["linear_num_key_heads"] * sizes["linear_key_head_dim"]
-    values = sizes["linear_num_value_heads"] * sizes["linear_value_head_dim"]
-    return Shape(name, sizes["hidden_size"], 2 * keys + 2 * values, 2 * sizes["linear_num_value_heads"])
-
-
-def shape_of_model(path: str) -> Shape:
-    """The shape of the model in a directory with a config.json, or of that file."""
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+def shape_of_model(model: str) -> Shape:
+    """The shape of the GDN layers of a model: its directory, its config.json, or its id on the Hub."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"--model {path}: {file.name} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise BadInput(f"--model {path}: {file.name} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise BadInput(f"--model {path}: {file.name} holds no object")
-    return shape_of_config(file.resolve().parent.name, config)
+        directory = find_directory(model)
+        config = load_config(directory)
+        found = gdn_shape(config.get("text_config", config), 1)
+    except Unreadable as error:
+        raise BadInput(f"--model {model}: {error}") from None
+    return Shape(name_of(model, directory), found.hidden_size, sum(found.qkvz), sum(found.ba))
+
+
+def name_of(model: str, directory: Path) -> str:
+    """The name of its directory, or the id."""
+    return directory.resolve().name if Path(model).exists() else model
 
 
 def shape_of_text(text: str) -> Shape:
@@ -96,7 +74,7 @@ def preset_shapes(name: str) -> list[Shape]:
     if name.lower() != "all" and name.lower() not in known:
         raise BadInput(f"--preset {name!r} is not known; it is all, or one of {', '.join(PRESETS)}")
     chosen = PRESETS if name.lower() == "all" else [known[name.lower()]]
-    return [shape_of_config(preset, PRESETS[preset]) for preset in chosen]
+    return [Shape(preset, *PRESETS[preset]) for preset in chosen]
 
 
 def distinct(shapes: Iterable[Shape]) -> list[Shape]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +9,14 @@ import torch
 from vllm_gdn_plugin.bench.errors import BadInput
 from vllm_gdn_plugin.bench.layer import Model, ways
 from vllm_gdn_plugin.bench.quantized import keep_vllm_quiet, one_rank
-from vllm_gdn_plugin.bench.shapes import Shape
-from vllm_gdn_plugin.decide.checkpoint import find_directory
+from vllm_gdn_plugin.bench.shapes import Shape, name_of
 from vllm_gdn_plugin.decide.decode import why_no_kernel
 from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
 from vllm_gdn_plugin.decide.plan import AUTO, FUSED, plan
 from vllm_gdn_plugin.host import facts
 from vllm_gdn_plugin.host.imports import package_directory
 from vllm_gdn_plugin.host.model import Configured, configured, in_short, layer_class, without_this_plugin
+from vllm_gdn_plugin.host.model_files import find_directory
 
 
 @contextmanager
@@ -47,8 +46,7 @@ def built(
             raise BadInput(f"--model {model}: vLLM does not take it here: {in_short(error)}") from error
         with one_rank(found.engine, found.engine.model_config.dtype):
             try:
-                name = directory.resolve().name if Path(model).exists() else model
-                made = _model(name, found, tensor_parallel_size, tokens)
+                made = _model(name_of(model, directory), found, tensor_parallel_size, tokens)
             except BadInput:
                 raise
             except Exception as error:

@@ -19,9 +19,7 @@ from vllm_gdn_plugin.decide.checkpoint import (
     ModelFacts,
     Undecidable,
     Unreadable,
-    find_directory,
     group,
-    load_config,
     unquantised_facts,
 )
 from vllm_gdn_plugin.decide.contract import Contract, check_contract
@@ -30,6 +28,7 @@ from vllm_gdn_plugin.decide.decode import DecodeFacts, why_no_kernel
 from vllm_gdn_plugin.decide.decode_contract import why_no_decode_kernel
 from vllm_gdn_plugin.decide.plan import AUTO, DUAL_STREAM, SERIAL, platform_plan
 from vllm_gdn_plugin.host import facts, imports
+from vllm_gdn_plugin.host.model_files import find_directory, load_config, quantised_by
 from vllm_gdn_plugin.host.plugins import GROUP, NAME, PLUGINS, plugin_names
 from vllm_gdn_plugin.report import in_one_line
 from vllm_gdn_plugin.settings import Settings, read_settings
@@ -223,10 +222,10 @@ def with_model(report: Report, model: str, revision: str | None = None, flags: E
 
 def _model_facts(report: Report, model: str, revision: str | None, flags: EngineFlags) -> ModelFacts:
     directory = find_directory(model, revision)
+    config = load_config(directory)  # where vLLM reads it itself, too: these errors are plainer
     if report.platform is None:
         batch_invariant = os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0")
-        return unquantised_facts(directory, flags, "cuda", batch_invariant)
-    load_config(directory)  # its errors are plainer than vLLM's
+        return unquantised_facts(config, quantised_by(directory), flags, "cuda", batch_invariant)
     decode = report.decode_kernel == MAY_RUN
     with redirect_stdout(sys.stderr):
         from vllm_gdn_plugin.host.model import model_facts

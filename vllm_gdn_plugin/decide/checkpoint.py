@@ -4,11 +4,8 @@ An answer before the engine is started. The engine decides on the layers that vL
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from vllm_gdn_plugin.decide.decode import DecodeFacts
@@ -130,89 +127,6 @@ def group(hidden_size: int, facts: Mapping[int, LayerFacts], request: str) -> li
     return [LayerGroup(tuple(layers), hidden_size, found, plan(found, request)) for found, layers in alike.items()]
 
 
-TAKES = "it takes a local model directory, its config.json or a Hub id"
-
-QUANTIZATION_FILES = {"hf_quant_config.json", "quant_config.json", "quantize_config.json"}
-"""Where formats keep what config.json does not say."""
-
-HUB_SECONDS = 20
-"""How long the Hub may take: huggingface_hub waits for some answers without end."""
-
-
-def find_directory(model: str, revision: str | None = None) -> Path:
-    """The directory of a model's config.json: ``model`` itself, the directory of a file of that name, or the snapshot
-    of a Hub id in the local cache, into which its small files are fetched first where the Hub can be reached.
-
-    Raises:
-        Unreadable: with one line that says what is wrong.
-    """
-    path = Path(model)
-    try:
-        is_directory, is_file = path.is_dir(), path.is_file()
-    except (OSError, ValueError):  # too long, or a NUL in it
-        is_directory = is_file = False
-    if is_directory:
-        return path
-    if is_file:
-        if path.name != "config.json":
-            raise Unreadable(f"this file is not a config.json: {TAKES}")
-        return path.parent
-    return _snapshot(model, revision)
-
-
-def _snapshot(model: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-    except ImportError:
-        raise Unreadable(f"there is no such path: {TAKES}, and an id needs vLLM") from None
-    came: list[str | Exception] = []
-
-    def fetch() -> None:
-        try:
-            info = HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
-            there = {file.rfilename for file in info.siblings or ()}
-            for name in ("config.json", *(there & QUANTIZATION_FILES)):
-                came.append(hf_hub_download(model, name, revision=info.sha))
-        except Exception as error:  # each release of huggingface_hub, and of what it fetches with, has its own
-            came.append(error)
-
-    thread = Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    failed = came[-1] if came and isinstance(came[-1], Exception) else None
-    if isinstance(failed, HFValidationError):
-        raise Unreadable(f"there is no such path: {TAKES}")
-    if thread.is_alive() or failed:
-        constants.HF_HUB_OFFLINE = True  # so that nothing else in this process waits for it again
-        config = try_to_load_from_cache(model, "config.json", revision=revision)
-    else:
-        config = str(came[0])
-    if isinstance(config, str):
-        return Path(config).parent
-    lines = str(failed).splitlines() if failed else [f"no answer within {HUB_SECONDS} s"]
-    reason = next(filter(None, map(str.strip, lines)), type(failed).__name__)
-    raise Unreadable(f"it is no local path, it is not in the local cache, and from the Hub: {reason}")
-
-
-def load_config(directory: Path) -> Mapping[str, Any]:
-    """What the config.json in ``directory`` holds.
-
-    Raises:
-        Unreadable: there is none, or it is no model's.
-    """
-    file = directory / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise Unreadable(f"there is no {file}: {TAKES}") from None
-    except ValueError as error:
-        raise Unreadable(f"{file} is not JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("text_config", {}), dict):
-        raise Unreadable(f"{file} is not a model's config.json")
-    return config
-
-
 def gdn_shape(config: Mapping[str, Any], tensor_parallel_size: int) -> GdnShape:
     """The GDN layers of a model with this text configuration.
 
@@ -256,16 +170,21 @@ def _layer_types(config: Mapping[str, Any]) -> list[str]:
     return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
 
 
-def unquantised_facts(directory: Path, flags: EngineFlags, platform: str, batch_invariant: bool) -> ModelFacts:
-    """The facts about the GDN layers of the model in a directory, without vLLM.
+def unquantised_facts(
+    whole: Mapping[str, Any], quantised_by: str, flags: EngineFlags, platform: str, batch_invariant: bool
+) -> ModelFacts:
+    """The facts about the GDN layers of a model, without vLLM.
 
     Only where nothing is quantised: how the modules of a quantised model are matched differs by format and release.
 
+    Args:
+        whole: what its config.json holds.
+        quantised_by: the file beside it that says what is quantised, or "".
+
     Raises:
-        Unreadable: there is no config.json of a model with GDN layers.
+        Unreadable: it is no model with GDN layers.
         Undecidable: vLLM has to be asked.
     """
-    whole = load_config(directory)
     config = whole.get("text_config", whole)
     shape = gdn_shape(config, flags.tensor_parallel_size)
     kind = config.get("model_type", whole.get("model_type"))
@@ -276,7 +195,8 @@ def unquantised_facts(directory: Path, flags: EngineFlags, platform: str, batch_
     ]
     if flags.quantization is not None:
         says.append("--quantization")
-    says += [name for name in sorted(QUANTIZATION_FILES) if (directory / name).exists()]
+    if quantised_by:
+        says.append(quantised_by)
     if says:
         raise Undecidable(f"which layers {says[0]} leaves unquantised cannot be told without vLLM")
     dtype = flags.dtype
