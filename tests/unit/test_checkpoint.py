@@ -271,7 +271,7 @@ def test_auto_on_the_cpu_is_stock(model: Any) -> None:
         (json.dumps(TEXT | {"linear_key_head_dim": -4}), 1, "is less than 1"),
         (json.dumps(TEXT | {"layer_types": 5}), 1, "not the config.json"),
         (json.dumps(TEXT | {"full_attention_interval": 0}), 1, "not the config.json"),
-        (json.dumps(TEXT | {"num_hidden_layers": 10**9}), 1, "num_hidden_layers below 100000"),
+        (json.dumps(TEXT | {"num_hidden_layers": 10**9}), 1, "layers: num_hidden_layers is not below 100000"),
         (json.dumps(TEXT), 3, "cannot be split 3 ways"),
         (json.dumps(TEXT), 0, "cannot be split 0 ways"),
     ],
@@ -306,7 +306,7 @@ class Hub:
         self.calls.append((model, revision))
         if callable(self.files):
             self.files()
-        return SimpleNamespace(sha="abc", siblings=[SimpleNamespace(rfilename=name) for name in self.files])
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.files])
 
     def download(self, model: str, name: str, revision: str) -> str:
         self.calls.append((name, revision))
@@ -320,7 +320,7 @@ class Hub:
 def test_a_hub_id_is_fetched_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(tmp_path, ["config.json", "hf_quant_config.json", "model.safetensors", "tokenizer.json"], monkeypatch)
     assert find_directory("Qwen/Qwen3.5-27B", "v2") == tmp_path
-    assert hub.calls == [("Qwen/Qwen3.5-27B", "v2"), ("config.json", "abc"), ("hf_quant_config.json", "abc")]
+    assert hub.calls == [("Qwen/Qwen3.5-27B", "v2"), ("hf_quant_config.json", "v2"), ("config.json", "v2")]
     assert not sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE
 
 

@@ -146,7 +146,8 @@ def gdn_shape(config: Mapping[str, Any], tensor_parallel_size: int) -> GdnShape:
         )
         layer_types = list(config.get("layer_types") or _layer_types(config))
     except (ArithmeticError, KeyError, TypeError, ValueError) as error:
-        raise Unreadable(f"this is not the config.json of a model with Gated Delta Net layers: no {error}") from None
+        why = f"no {error}" if isinstance(error, KeyError) else error
+        raise Unreadable(f"this is not the config.json of a model with Gated Delta Net layers: {why}") from None
     if min(hidden, key_heads, value_heads, key_dim, value_dim) < 1:
         raise Unreadable("a size of the model's Gated Delta Net layers is less than 1")
     layers = tuple(i for i, kind in enumerate(layer_types) if kind == "linear_attention")
@@ -166,7 +167,7 @@ MOST_LAYERS = 100_000
 def _layer_types(config: Mapping[str, Any]) -> list[str]:
     interval, layers = int(config.get("full_attention_interval", 4)), int(config["num_hidden_layers"])
     if layers > MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers below {MOST_LAYERS}")
+        raise ValueError(f"num_hidden_layers is not below {MOST_LAYERS}")
     return ["full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)]
 
 

@@ -50,8 +50,9 @@ def _snapshot(model: str, revision: str | None) -> Path:
         try:
             info = HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
             there = {file.rfilename for file in info.siblings or ()}
-            for name in ("config.json", *(there & QUANTIZATION_FILES)):
-                came.append(hf_hub_download(model, name, revision=info.sha))
+            # config.json last: where it lies in the cache, so do the others. By the commit no later start would find them.
+            for name in (*sorted(there & QUANTIZATION_FILES), "config.json"):
+                came.append(hf_hub_download(model, name, revision=revision))
         except Exception as error:  # each release of huggingface_hub, and of what it fetches with, has its own
             came.append(error)
 
@@ -65,7 +66,7 @@ def _snapshot(model: str, revision: str | None) -> Path:
         constants.HF_HUB_OFFLINE = True  # so that nothing else in this process waits for it again
         config = try_to_load_from_cache(model, "config.json", revision=revision)
     else:
-        config = str(came[0])
+        config = str(came[-1])
     if isinstance(config, str):
         return Path(config).parent
     lines = str(failed).splitlines() if failed else [f"no answer within {HUB_SECONDS} s"]
