@@ -50,7 +50,7 @@ def _snapshot(model: str, revision: str | None) -> Path:
         try:
             info = HfApi().model_info(model, revision=revision, timeout=HUB_SECONDS)
             there = {file.rfilename for file in info.siblings or ()}
-            # config.json last: where it lies in the cache, so do the others. By the commit no later start would find them.
+            # config.json last: where it is in the cache, so are the others. By the commit, none would be found offline.
             for name in (*sorted(there & QUANTIZATION_FILES), "config.json"):
                 came.append(hf_hub_download(model, name, revision=revision))
         except Exception as error:  # each release of huggingface_hub, and of what it fetches with, has its own
