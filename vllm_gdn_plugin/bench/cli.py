@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         "time the two input projections of a layer, alone",
         "Verifies, then times serial, dual_stream, fused and in_proj_qkvz alone.",
     )
-    command.add_argument("--model", metavar="MODEL", help="of this model: its directory, its config.json or a Hub id")
+    command.add_argument("--model", metavar="MODEL", help="a model's: its directory, its config.json or a Hub id")
     command.add_argument("--shape", metavar="HIDDEN,QKVZ,BA", action="append", default=[], help="may be repeated")
     command.add_argument("--preset", metavar="NAME", help=f"all, or one of {', '.join(PRESETS)}")
     command.add_argument("--tensor-parallel-size", metavar="N,...", default="1", help="divides qkvz and ba; default 1")

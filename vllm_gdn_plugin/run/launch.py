@@ -1,4 +1,4 @@
-"""A Triton kernel that is launched at each prefill, which waits for the CPU."""
+"""Launches a Triton kernel at each prefill, which waits for the CPU, without asking Triton for it each time."""
 
 from collections.abc import Hashable, Sequence
 from typing import Any
